@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+#
+# Short cuts. Each does the set-up that it needs and has not been done: packages, configure, build.
+#
+#   make demo              what sqcow2 does, seen on a running system
+#   make check             every test; the last line says "N passed, N failed"
+#   make check-iotests     our iotests only;  TESTS="sqcow2-..." picks some
+#   make bench             all measurements;  make bench-quick: a few minutes
+#   make fuzz              random chains against a model;  ARGS="..." goes to tests/fuzz/run
+#   make fork-tree DIR=d   the whole patched QEMU, our files copied in, to read as one tree
+#
+# To build by hand: ./configure && ninja -C build
+
+all: build
+
+deps-%:
+	@scripts/install-deps build $*
+
+build: deps-build
+	@./configure --update
+	@ninja -C build
+
+prepare-%: deps-%
+	@$(MAKE) --no-print-directory build
+
+demo: prepare-test
+	@tests/demo/run
+
+check: prepare-test
+	@scripts/check
+
+check-iotests: prepare-test
+	@scripts/check iotests $(TESTS)
+
+bench: prepare-bench
+	@bench/run
+
+bench-quick: prepare-bench
+	@bench/run --quick
+
+fuzz: prepare-test
+	@tests/fuzz/run $(ARGS)
+
+fork-tree:
+	@test -n "$(DIR)" || { echo 'make fork-tree DIR=folder (which must not exist)' >&2; exit 2; }
+	@COMPLETE=1 scripts/upstream unpack "$(DIR)"
+	@scripts/upstream apply "$(DIR)"
+	@scripts/upstream overlay "$(DIR)" copy
+	@echo "$(DIR): QEMU with the patch queue applied and our files copied in"
+
+.PHONY: all build demo check check-iotests bench bench-quick fuzz fork-tree
+.NOTPARALLEL:
