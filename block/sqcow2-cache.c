@@ -1,0 +1,139 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * sQcow2: the cache of L2 slices that other layers own
+ *
+ * One cache for the whole chain, keyed by (layer, host offset): a hash table
+ * of fixed size with chaining, and slots that are allocated as they are
+ * first needed.  When the budget is used up a clock hand looks for a slot
+ * that was not used since it last came by.  Find, take and add are O(1).
+ *
+ * A slice's life: taken (in no chain, so nobody finds it), filled by the
+ * caller, added; found any number of times; evicted by a later take.  Slices
+ * are never dirty (the files below do not change), so nothing is written
+ * back and nothing is pinned: a pointer is good until the next take.
+ *
+ * Not done: a lock (q.lock is held), shrinking.
+ */
+#include "qemu/osdep.h"
+#include "qemu/memalign.h"
+#include "sqcow2-int.h"
+
+#define NO_SLOT UINT32_MAX
+#define MIN_SLOTS 4
+
+typedef struct Slot {
+    uint64_t key;
+    uint64_t *slice;
+    uint32_t next;              /* in the chain of its bucket */
+    bool cached;                /* is in a chain */
+    bool used;                  /* since the hand came by */
+} Slot;
+
+struct Sqcow2Cache {
+    size_t slice_bytes;
+    uint32_t max_slots;
+    uint32_t nb_slots;          /* allocated so far */
+    uint32_t hand;
+    uint32_t bucket_mask;
+    uint32_t *buckets;
+    Slot *slots;
+};
+
+static uint32_t *bucket_of(Sqcow2Cache *c, uint64_t key)
+{
+    /* The low bits are all zero: a slice is aligned.  Fibonacci hashing. */
+    return &c->buckets[(key * 0x9e3779b97f4a7c15ULL) >> 40 & c->bucket_mask];
+}
+
+Sqcow2Cache *sqcow2_cache_new(size_t slice_bytes, uint64_t max_bytes)
+{
+    Sqcow2Cache *c = g_new0(Sqcow2Cache, 1);
+    uint32_t nb_buckets;
+
+    c->slice_bytes = slice_bytes;
+    c->max_slots = MIN(MAX(max_bytes / slice_bytes, MIN_SLOTS), 1U << 24);
+    nb_buckets = pow2ceil(c->max_slots);
+    c->bucket_mask = nb_buckets - 1;
+    c->buckets = g_new(uint32_t, nb_buckets);
+    memset(c->buckets, 0xff, nb_buckets * sizeof(*c->buckets));
+    c->slots = g_new0(Slot, c->max_slots);
+    return c;
+}
+
+void sqcow2_cache_free(Sqcow2Cache *c)
+{
+    if (!c) {
+        return;
+    }
+    for (uint32_t i = 0; i < c->nb_slots; i++) {
+        qemu_vfree(c->slots[i].slice);
+    }
+    g_free(c->slots);
+    g_free(c->buckets);
+    g_free(c);
+}
+
+uint64_t *sqcow2_cache_find(Sqcow2Cache *c, uint64_t key)
+{
+    uint32_t i;
+
+    for (i = *bucket_of(c, key); i != NO_SLOT; i = c->slots[i].next) {
+        if (c->slots[i].key == key) {
+            c->slots[i].used = true;
+            return c->slots[i].slice;
+        }
+    }
+    return NULL;
+}
+
+static void unlink_slot(Sqcow2Cache *c, uint32_t slot)
+{
+    uint32_t *link = bucket_of(c, c->slots[slot].key);
+
+    while (*link != slot) {
+        link = &c->slots[*link].next;
+    }
+    *link = c->slots[slot].next;
+    c->slots[slot].cached = false;
+}
+
+uint64_t *sqcow2_cache_take(Sqcow2Cache *c)
+{
+    Slot *slot;
+
+    if (c->nb_slots < c->max_slots) {
+        slot = &c->slots[c->nb_slots];
+        slot->slice = qemu_try_memalign(MIN(c->slice_bytes, 4096),
+                                        c->slice_bytes);
+        if (!slot->slice) {
+            return NULL;
+        }
+        c->hand = c->nb_slots++;
+        return slot->slice;
+    }
+    for (;;) {
+        c->hand = c->hand + 1 < c->nb_slots ? c->hand + 1 : 0;
+        slot = &c->slots[c->hand];
+        if (!slot->cached) {
+            return slot->slice;
+        }
+        if (!slot->used) {
+            unlink_slot(c, c->hand);
+            return slot->slice;
+        }
+        slot->used = false;
+    }
+}
+
+void sqcow2_cache_add(Sqcow2Cache *c, uint64_t key, uint64_t *slice)
+{
+    Slot *slot = &c->slots[c->hand];
+    uint32_t *bucket = bucket_of(c, key);
+
+    assert(slot->slice == slice && !slot->cached);
+    slot->key = key;
+    slot->next = *bucket;
+    slot->cached = true;
+    slot->used = true;
+    *bucket = c->hand;
+}

@@ -1,0 +1,273 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * sQcow2: opening flat, and the real backing graph on demand
+ *
+ * A node's life: opened by qcow2's code; then flat, if its chain can be
+ * indexed - the layer set attached, and either the index loaded (INDEXED) or,
+ * when the chain is not the one it was made for, built anew in memory
+ * (REBUILT); or not flat (OFF), with a backing node or none, exactly as
+ * qcow2.  A flat node turns into one that is not, never back.
+ *
+ * Everything here runs in the main thread; the node has no requests.
+ */
+#include "qemu/osdep.h"
+#include "qemu/error-report.h"
+#include "qapi/error.h"
+#include "qobject/qdict.h"
+#include "sqcow2-int.h"
+
+/* As much as qcow2's own L2 cache takes at most by default */
+#define DEFAULT_CACHE_BYTES (32 * MiB)
+
+static bool flat_disabled;      /* main thread only */
+
+void sqcow2_disable_flat(void)
+{
+    flat_disabled = true;
+}
+
+bool sqcow2_is_flat(BlockDriverState *bs)
+{
+    BDRVSqcow2State *s = bs->opaque;
+
+    return bs->drv == &bdrv_sqcow2 && s->mode != SQCOW2_MODE_OFF;
+}
+
+static void set_distrust(BDRVSqcow2State *s, const char *why)
+{
+    g_free(s->distrust);
+    s->distrust = g_strdup(why);
+}
+
+/* Does the user say something of the backing file? */
+static bool has_backing_options(QDict *options)
+{
+    for (const QDictEntry *e = qdict_first(options); e;
+         e = qdict_next(options, e)) {
+        if (!strcmp(e->key, "backing") || g_str_has_prefix(e->key, "backing.")) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static bool locking_wanted(BlockDriverState *bs)
+{
+    const char *locking = qdict_get_try_str(bs->file->bs->options, "locking");
+
+    return !bs->force_share && qemu_has_ofd_lock() &&
+           (!locking || strcmp(locking, "off"));
+}
+
+static int walk(BlockDriverState *bs, BlockDriverState *set_bs,
+                Sqcow2Chain *chain, Error **errp)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    g_autofree uint8_t *plain_table = NULL;
+    bool valid = s->has_record && s->record.flags & SQCOW2_FLAG_INDEX_VALID;
+    Sqcow2WalkOptions opts = {
+        .filename = bs->filename,
+        .backing = bs->auto_backing_file,
+        .backing_fmt = bs->backing_format,
+        .cluster_bits = s->q.cluster_bits,
+        .compression_type = s->q.compression_type,
+        .locking = locking_wanted(bs),
+        .set = set_bs,
+    };
+
+    if (valid) {
+        plain_table = sqcow2_read_plain_table(bs, &s->record, NULL);
+        opts.record = &s->record;
+        opts.plain_table = plain_table;
+    }
+    return sqcow2_walk(&opts, chain, errp);
+}
+
+/* Load the index if the chain is the expected one. */
+static bool load_index(BlockDriverState *bs)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    Error *local_err = NULL;
+
+    if (!s->has_record || !(s->record.flags & SQCOW2_FLAG_INDEX_VALID)) {
+        set_distrust(s, "the image has no valid index");
+        return false;
+    }
+    if (!s->distrust && s->record.layer != s->layer) {
+        set_distrust(s, "the chain has another length than when it was "
+                     "indexed");
+    }
+    if (!s->distrust &&
+        sqcow2_view_load(bs, &s->record, &s->view, &local_err) < 0) {
+        set_distrust(s, error_get_pretty(local_err));
+        error_free(local_err);
+    }
+    if (s->distrust) {
+        warn_report("%s: %s; building the index anew in memory", bs->filename,
+                    s->distrust);
+        return false;
+    }
+    return true;
+}
+
+static int make_view(BlockDriverState *bs, Error **errp)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    uint64_t bytes;
+    int ret;
+
+    if (load_index(bs)) {
+        s->mode = SQCOW2_MODE_INDEXED;
+    } else {
+        ret = sqcow2_view_build(s->layers, s->layer, s->q.cluster_bits,
+                                &s->view, errp);
+        if (ret < 0) {
+            return ret;
+        }
+        s->mode = SQCOW2_MODE_REBUILT;
+    }
+    bytes = (uint64_t)s->view.entries * s->q.cluster_size;
+    s->cache = sqcow2_cache_new(s->q.l2_slice_size * sizeof(uint64_t),
+                                MIN(bytes, s->cache_bytes ?:
+                                           DEFAULT_CACHE_BYTES));
+    return 0;
+}
+
+static int attach_set(BlockDriverState *bs, BlockDriverState *set_bs,
+                      Error **errp)
+{
+    BDRVSqcow2State *s = bs->opaque;
+
+    bdrv_graph_wrlock();
+    s->set = bdrv_attach_child(bs, set_bs, "layers", &child_of_bds,
+                               BDRV_CHILD_DATA, errp);
+    bdrv_graph_wrunlock();
+    return s->set ? 0 : -EPERM;
+}
+
+void sqcow2_drop_flat(BlockDriverState *bs)
+{
+    BDRVSqcow2State *s = bs->opaque;
+
+    s->mode = SQCOW2_MODE_OFF;
+    sqcow2_view_free(&s->view);
+    sqcow2_cache_free(s->cache);
+    s->cache = NULL;
+    g_free(s->distrust);
+    s->distrust = NULL;
+    s->layers = NULL;
+    if (s->set) {
+        bdrv_graph_wrlock();
+        bdrv_unref_child(bs, s->set);
+        bdrv_graph_wrunlock();
+        s->set = NULL;
+    }
+}
+
+/* May this node be flat at all? */
+static bool flat_possible(BlockDriverState *bs, QDict *options)
+{
+    BDRVSqcow2State *s = bs->opaque;
+
+    return bs->drv == &bdrv_sqcow2 && !flat_disabled &&
+           sqcow2_has_index_bit(s) && bs->auto_backing_file[0] &&
+           !has_backing_options(options) && !has_subclusters(&s->q) &&
+           !(s->q.incompatible_features & QCOW2_INCOMPAT_DATA_FILE) &&
+           !bs->encrypted;
+}
+
+int sqcow2_open_flat(BlockDriverState *bs, QDict *options, Error **errp)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    BlockDriverState *set_bs;
+    Sqcow2Chain chain;
+    Error *local_err = NULL;
+    int ret;
+
+    if (!flat_possible(bs, options)) {
+        return 0;
+    }
+    if (bs->open_flags & BDRV_O_NO_IO) {
+        return 1;               /* nobody will read: open nothing */
+    }
+
+    set_bs = sqcow2_layers_new(bs, errp);
+    if (!set_bs) {
+        return -EINVAL;
+    }
+    ret = walk(bs, set_bs, &chain, &local_err);
+    if (ret < 0) {
+        bdrv_unref(set_bs);
+        if (ret == -ENOTSUP) {
+            set_distrust(s, error_get_pretty(local_err));
+            error_free(local_err);
+            return 0;
+        }
+        error_propagate(errp, local_err);
+        return ret;
+    }
+
+    set_distrust(s, chain.distrust);
+    g_free(chain.distrust);
+    s->layers = chain.layers;
+    s->layer = chain.nb_layers;
+    sqcow2_layers_set(set_bs, chain.layers, chain.nb_layers);
+    ret = attach_set(bs, set_bs, errp);
+    if (ret == 0) {
+        bdrv_graph_rdlock_main_loop();
+        ret = make_view(bs, errp);
+        bdrv_graph_rdunlock_main_loop();
+    }
+    if (ret < 0) {
+        sqcow2_drop_flat(bs);
+        return ret;
+    }
+    return 1;
+}
+
+/* Replace one node's flat state by a backing node. */
+static int unflatten(BlockDriverState *bs, Error **errp)
+{
+    g_autoptr(QDict) none = qdict_new();
+    int ret;
+
+    /* The locks on the layers go first: the nodes may want to write */
+    bdrv_drained_begin(bs);
+    sqcow2_drop_flat(bs);
+    ret = bdrv_open_backing_file(bs, NULL, "backing", errp);
+    if (ret < 0) {
+        Error *local_err = NULL;
+
+        flat_disabled = false;
+        if (sqcow2_open_flat(bs, none, &local_err) <= 0) {
+            error_append_hint(errp, "The image cannot be used any more: %s\n",
+                              local_err ? error_get_pretty(local_err) : "");
+            error_free(local_err);
+            bs->drv = NULL;
+        }
+    }
+    bdrv_drained_end(bs);
+    return ret;
+}
+
+int sqcow2_open_graph(BlockDriverState *bs, Error **errp)
+{
+    ERRP_GUARD();
+    bool was_disabled = flat_disabled;
+    int ret = 0;
+
+    GLOBAL_STATE_CODE();
+
+    while (bs && ret == 0) {
+        /* What is opened below comes up with real nodes all the way down */
+        flat_disabled = true;
+        if (sqcow2_is_flat(bs)) {
+            ret = unflatten(bs, errp);
+        }
+        bdrv_graph_rdlock_main_loop();
+        bs = bs->drv ? bdrv_filter_or_cow_bs(bs) : NULL;
+        bdrv_graph_rdunlock_main_loop();
+    }
+    flat_disabled = was_disabled;
+    return ret;
+}

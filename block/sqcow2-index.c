@@ -1,0 +1,753 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * sQcow2: make, load and rebuild the index
+ *
+ * A view is a root table, perhaps with merged tables.  Three ways lead to
+ * one:
+ *   share   a new snapshot takes its lower layer's L1 and root tables:
+ *           constant work, whatever the length of the chain
+ *   build   from the standard entries of all layers (S1): one pass over the
+ *           L1 tables counts who has a table for a region; regions that just
+ *           one plain layer has are shared, the others are merged from the
+ *           top layer down
+ *   load    from the active image's own root table
+ * A built view lives in memory; sqcow2_index_create() can write it into a
+ * new image.  Order there: tables, flush, then the header that names them.
+ *
+ * Regions are what one L2 table covers; the index of one is an L1 index.
+ */
+#include "qemu/osdep.h"
+#include "qemu/bswap.h"
+#include "qemu/crc32c.h"
+#include "qapi/error.h"
+#include "sqcow2-int.h"
+
+/* One region while a view is being built */
+typedef struct Region {
+    uint64_t *merged;           /* big-endian, as on disk; or NULL */
+    uint64_t table_host_offset; /* of the highest layer's table */
+    uint32_t layer;             /* that layer */
+    uint32_t nb_tables;         /* layers that have a table here */
+} Region;
+
+typedef struct Builder {
+    const Sqcow2Layer *layers;
+    uint32_t nb_layers;
+    int cluster_bits;
+    uint64_t table_entries;
+    uint64_t region_size;
+    Region *regions;
+    uint64_t nb_regions;
+} Builder;
+
+void sqcow2_view_free(Sqcow2View *view)
+{
+    g_free(view->root);
+    if (view->tables) {
+        g_ptr_array_unref(view->tables);
+    }
+    *view = (Sqcow2View) {};
+}
+
+static int table_in_file(const Sqcow2Layer *layer, uint32_t index,
+                         uint64_t host_offset, int cluster_bits, Error **errp)
+{
+    if (host_offset & ((1ULL << cluster_bits) - 1)) {
+        error_setg(errp, "Layer %u, '%s', has an L2 table at the unaligned "
+                   "offset %#" PRIx64, index, layer->filename, host_offset);
+        return -EINVAL;
+    }
+    if (host_offset + (1ULL << cluster_bits) > layer->file_size) {
+        error_setg(errp, "Layer %u, '%s', is truncated: its L2 table at "
+                   "offset %#" PRIx64 " lies behind the end of the file; "
+                   "restore the file", index, layer->filename, host_offset);
+        return -EINVAL;
+    }
+    return 0;
+}
+
+/* Validate every entry, so that lookups meet nothing that is not there. */
+static int check_root(BDRVSqcow2State *s, const Sqcow2View *view,
+                      uint16_t own_layer, Error **errp)
+{
+    for (uint32_t i = 0; i < view->entries; i++) {
+        Sqcow2Root root;
+        int ret;
+
+        if (sqcow2_decode_root(view->root[i], own_layer, s->q.cluster_bits,
+                               &root) < 0) {
+            error_setg(errp, "sQcow2 root table entry %u is invalid "
+                       "(%#" PRIx64 ")", i, view->root[i]);
+            return -EINVAL;
+        }
+        if (root.kind == SQCOW2_ROOT_IDENTITY && s->layers &&
+            s->layers[root.layer].kind != SQCOW2_LAYER_RAW) {
+            error_setg(errp, "sQcow2 root table entry %u takes layer %u for "
+                       "raw", i, root.layer);
+            return -EINVAL;
+        }
+        if (root.kind == SQCOW2_ROOT_TABLE && s->layers &&
+            root.layer < own_layer) {
+            if (s->layers[root.layer].kind == SQCOW2_LAYER_RAW) {
+                error_setg(errp, "sQcow2 root table entry %u names a table "
+                           "in raw layer %u", i, root.layer);
+                return -EINVAL;
+            }
+            ret = table_in_file(&s->layers[root.layer], root.layer,
+                                root.host_offset, s->q.cluster_bits, errp);
+            if (ret < 0) {
+                return ret;
+            }
+        }
+    }
+    return 0;
+}
+
+/* Convert and checksum the root table in @raw; takes it over. */
+static int view_from_bytes(uint64_t *raw, const Sqcow2TableRef *ref,
+                           Sqcow2View *view, Error **errp)
+{
+    uint64_t bytes = (uint64_t)ref->entries * SQCOW2_ROOT_SIZE;
+
+    if (crc32c(0xffffffff, (uint8_t *)raw, bytes) != ref->crc) {
+        error_setg(errp, "sQcow2 root table has a wrong checksum");
+        g_free(raw);
+        return -EINVAL;
+    }
+    for (uint32_t i = 0; i < ref->entries; i++) {
+        raw[i] = be64_to_cpu(raw[i]);
+    }
+    *view = (Sqcow2View) { .root = raw, .entries = ref->entries };
+    return 0;
+}
+
+int sqcow2_view_load(BlockDriverState *bs, const Sqcow2Record *record,
+                     Sqcow2View *view, Error **errp)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    uint64_t bytes = (uint64_t)record->root.entries * SQCOW2_ROOT_SIZE;
+    uint64_t *raw;
+    int ret;
+
+    *view = (Sqcow2View) {};
+    if (!bytes) {
+        return 0;
+    }
+    raw = g_try_malloc(bytes);
+    if (!raw) {
+        error_setg(errp, "sQcow2 root table does not fit in memory");
+        return -ENOMEM;
+    }
+    ret = bdrv_pread(bs->file, record->root.host_offset, bytes, raw, 0);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Could not read sQcow2 root table");
+        g_free(raw);
+        return ret;
+    }
+    ret = view_from_bytes(raw, &record->root, view, errp);
+    if (ret == 0) {
+        ret = check_root(s, view, record->layer, errp);
+    }
+    if (ret < 0) {
+        sqcow2_view_free(view);
+    }
+    return ret;
+}
+
+uint8_t *sqcow2_read_plain_table(BlockDriverState *bs,
+                                 const Sqcow2Record *record, Error **errp)
+{
+    uint64_t bytes = (uint64_t)record->plain.entries * SQCOW2_PLAIN_SIZE;
+    uint8_t *buf;
+    int ret;
+
+    if (!bytes) {
+        return NULL;
+    }
+    buf = g_malloc(bytes);
+    ret = bdrv_pread(bs->file, record->plain.host_offset, bytes, buf, 0);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Could not read sQcow2 plain-layer "
+                         "table");
+    } else if (crc32c(0xffffffff, buf, bytes) != record->plain.crc) {
+        error_setg(errp, "sQcow2 plain-layer table has a wrong checksum");
+        ret = -EINVAL;
+    }
+    if (ret < 0) {
+        g_free(buf);
+        return NULL;
+    }
+    return buf;
+}
+
+/*
+ * Read the L1 table of @layer, without VM state, in host byte order.
+ * Returns its number of entries or a negative errno.
+ */
+static int64_t read_l1(const Sqcow2Layer *layer, uint32_t index,
+                       uint64_t region_size, uint64_t **l1, Error **errp)
+{
+    uint64_t entries = DIV_ROUND_UP(layer->virtual_size, region_size);
+    int ret;
+
+    *l1 = NULL;
+    if (entries > layer->l1_entries) {
+        error_setg(errp, "Layer %u, '%s', has an L1 table that is too small",
+                   index, layer->filename);
+        return -EINVAL;
+    }
+    *l1 = g_try_new(uint64_t, MAX(entries, 1));
+    if (!*l1) {
+        error_setg(errp, "Layer %u, '%s', has an L1 table that does not fit "
+                   "in memory", index, layer->filename);
+        return -ENOMEM;
+    }
+    ret = sqcow2_layer_pread(layer, layer->l1_host_offset,
+                             entries * L1E_SIZE, *l1);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Could not read the L1 table of layer "
+                         "%u, '%s'", index, layer->filename);
+        return ret;
+    }
+    for (uint64_t i = 0; i < entries; i++) {
+        (*l1)[i] = be64_to_cpu((*l1)[i]) & L1E_OFFSET_MASK;
+    }
+    return entries;
+}
+
+/* First pass: who has tables?  From the top layer down. */
+static int count_tables(Builder *b, uint32_t index, Error **errp)
+{
+    g_autofree uint64_t *l1 = NULL;
+    int64_t entries;
+
+    if (b->layers[index].kind == SQCOW2_LAYER_RAW) {
+        return 0;
+    }
+    entries = read_l1(&b->layers[index], index, b->region_size, &l1, errp);
+    if (entries < 0) {
+        return entries;
+    }
+    for (int64_t i = 0; i < MIN(entries, b->nb_regions); i++) {
+        Region *region = &b->regions[i];
+        int ret;
+
+        if (!l1[i]) {
+            continue;
+        }
+        ret = table_in_file(&b->layers[index], index, l1[i], b->cluster_bits,
+                            errp);
+        if (ret < 0) {
+            return ret;
+        }
+        if (!region->nb_tables++) {
+            region->layer = index;
+            region->table_host_offset = l1[i];
+        }
+    }
+    return 0;
+}
+
+/*
+ * May the region's only table be shared as it is?  Not if a raw layer shows
+ * through, nor if it has foreign entries, which a rebuild must not trust.
+ */
+static bool can_share(Builder *b, const Region *region, uint64_t i)
+{
+    return region->nb_tables == 1 &&
+           b->layers[region->layer].kind == SQCOW2_LAYER_QCOW2 &&
+           (b->layers[0].kind != SQCOW2_LAYER_RAW ||
+            i * b->region_size >= b->layers[0].virtual_size);
+}
+
+/* Second pass: add to region @i what @index owns and no higher layer does. */
+static int merge_table(Builder *b, uint32_t index, uint64_t i,
+                       uint64_t host_offset, uint64_t *buf, Error **errp)
+{
+    const Sqcow2Layer *layer = &b->layers[index];
+    Region *region = &b->regions[i];
+    uint64_t guest_offset = i * b->region_size;
+    int ret;
+
+    ret = sqcow2_layer_pread(layer, host_offset, 1ULL << b->cluster_bits,
+                             buf);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Could not read an L2 table of layer "
+                         "%u, '%s'", index, layer->filename);
+        return ret;
+    }
+    for (uint64_t j = 0; j < b->table_entries; j++,
+         guest_offset += 1ULL << b->cluster_bits) {
+        uint64_t entry = be64_to_cpu(buf[j]);
+
+        if (!entry || region->merged[j] || guest_offset >= layer->clip) {
+            continue;
+        }
+        if (sqcow2_entry_is_foreign(entry) &&
+            layer->kind == SQCOW2_LAYER_SQCOW2) {
+            continue;
+        }
+        if (sqcow2_entry_is_foreign(entry) ||
+            sqcow2_inherit_entry(entry, index, host_offset, b->cluster_bits,
+                                 &entry) < 0) {
+            error_setg(errp, "Layer %u, '%s', has an invalid L2 entry for "
+                       "guest offset %#" PRIx64 "; run 'qemu-img check' on it",
+                       index, layer->filename, guest_offset);
+            return -EINVAL;
+        }
+        region->merged[j] = cpu_to_be64(entry);
+    }
+    return 0;
+}
+
+static int merge_layer(Builder *b, uint32_t index, uint64_t *buf, Error **errp)
+{
+    g_autofree uint64_t *l1 = NULL;
+    int64_t entries;
+
+    if (b->layers[index].kind == SQCOW2_LAYER_RAW) {
+        return 0;
+    }
+    entries = read_l1(&b->layers[index], index, b->region_size, &l1, errp);
+    if (entries < 0) {
+        return entries;
+    }
+    for (int64_t i = 0; i < MIN(entries, b->nb_regions); i++) {
+        Region *region = &b->regions[i];
+        int ret;
+
+        if (!l1[i] || can_share(b, region, i)) {
+            continue;
+        }
+        if (!region->merged) {
+            region->merged = g_try_malloc0(1ULL << b->cluster_bits);
+            if (!region->merged) {
+                error_setg(errp, "The index does not fit in memory");
+                return -ENOMEM;
+            }
+        }
+        ret = merge_table(b, index, i, l1[i], buf, errp);
+        if (ret < 0) {
+            return ret;
+        }
+    }
+    return 0;
+}
+
+/* The raw base owns what no table of region @i mentions. */
+static void merge_raw(Builder *b, uint64_t i)
+{
+    uint64_t guest_offset = i * b->region_size;
+    uint64_t *merged = b->regions[i].merged;
+
+    for (uint64_t j = 0; j < b->table_entries; j++,
+         guest_offset += 1ULL << b->cluster_bits) {
+        Sqcow2Cluster cluster = {
+            .kind = SQCOW2_DATA,
+            .owner = 0,
+            .host_offset = guest_offset,
+        };
+
+        if (guest_offset >= b->layers[0].clip) {
+            break;
+        }
+        if (!merged[j]) {
+            merged[j] = cpu_to_be64(sqcow2_encode_foreign(&cluster,
+                                                          b->cluster_bits));
+        }
+    }
+}
+
+/* Third pass: from regions to root entries */
+static void finish_view(Builder *b, Sqcow2View *view)
+{
+    view->root = g_new0(uint64_t, b->nb_regions);
+    view->entries = b->nb_regions;
+    view->tables = g_ptr_array_new_with_free_func(g_free);
+
+    for (uint64_t i = 0; i < b->nb_regions; i++) {
+        Region *region = &b->regions[i];
+        Sqcow2Root root = {};
+
+        if (b->layers[0].kind == SQCOW2_LAYER_RAW &&
+            i * b->region_size < b->layers[0].clip) {
+            if (region->merged) {
+                merge_raw(b, i);
+            } else {
+                root.kind = SQCOW2_ROOT_IDENTITY;
+            }
+        }
+        if (region->merged) {
+            view->root[i] = (uint64_t)SQCOW2_ROOT_MEMORY << 62 |
+                            view->tables->len;
+            g_ptr_array_add(view->tables, g_steal_pointer(&region->merged));
+            continue;
+        }
+        if (region->nb_tables) {
+            root.kind = SQCOW2_ROOT_TABLE;
+            root.layer = region->layer;
+            root.host_offset = region->table_host_offset;
+        }
+        view->root[i] = sqcow2_encode_root(&root, b->cluster_bits);
+    }
+}
+
+int sqcow2_view_build(const Sqcow2Layer *layers, uint32_t nb_layers,
+                      int cluster_bits, Sqcow2View *view, Error **errp)
+{
+    Builder b = {
+        .layers = layers,
+        .nb_layers = nb_layers,
+        .cluster_bits = cluster_bits,
+        .table_entries = (1ULL << cluster_bits) / sizeof(uint64_t),
+    };
+    g_autofree uint64_t *buf = NULL;
+    int ret = 0;
+
+    *view = (Sqcow2View) {};
+    b.region_size = b.table_entries << cluster_bits;
+    b.nb_regions = DIV_ROUND_UP(layers[nb_layers - 1].virtual_size,
+                                b.region_size);
+    if (b.nb_regions > SQCOW2_MAX_ROOT_ENTRIES) {
+        error_setg(errp, "Layer %u, '%s', is too large for its cluster size",
+                   nb_layers - 1, layers[nb_layers - 1].filename);
+        return -EFBIG;
+    }
+    buf = g_malloc(1ULL << cluster_bits);
+    b.regions = g_try_new0(Region, MAX(b.nb_regions, 1));
+    if (!b.regions) {
+        error_setg(errp, "The index does not fit in memory");
+        return -ENOMEM;
+    }
+    for (uint32_t i = nb_layers; ret == 0 && i-- > 0; ) {
+        ret = count_tables(&b, i, errp);
+    }
+    for (uint32_t i = nb_layers; ret == 0 && i-- > 0; ) {
+        ret = merge_layer(&b, i, buf, errp);
+    }
+    if (ret == 0) {
+        finish_view(&b, view);
+    }
+    for (uint64_t i = 0; i < b.nb_regions; i++) {
+        g_free(b.regions[i].merged);
+    }
+    g_free(b.regions);
+    return ret;
+}
+
+/*
+ * The view of @lower, whose own index is valid: its L1 table where set, its
+ * root table elsewhere.
+ */
+static int view_share(const Sqcow2Layer *lower, const Sqcow2Record *record,
+                      int cluster_bits, Sqcow2View *view, Error **errp)
+{
+    uint64_t region_size = 1ULL << (2 * cluster_bits - 3);
+    uint64_t root_bytes = (uint64_t)record->root.entries * SQCOW2_ROOT_SIZE;
+    g_autofree uint64_t *l1 = NULL;
+    Sqcow2View below = {};
+    int64_t entries;
+    uint64_t *raw;
+    int ret;
+
+    *view = (Sqcow2View) {};
+    entries = read_l1(lower, record->layer, region_size, &l1, errp);
+    if (entries < 0) {
+        return entries;
+    }
+    raw = g_try_malloc(MAX(root_bytes, 1));
+    if (!raw) {
+        error_setg(errp, "The root table does not fit in memory");
+        return -ENOMEM;
+    }
+    ret = sqcow2_layer_pread(lower, record->root.host_offset, root_bytes, raw);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Could not read the root table of '%s'",
+                         lower->filename);
+        g_free(raw);
+        return ret;
+    }
+    if (root_bytes) {
+        ret = view_from_bytes(raw, &record->root, &below, errp);
+    } else {
+        g_free(raw);
+    }
+    view->root = g_new0(uint64_t, MAX(entries, 1));
+    view->entries = entries;
+    for (int64_t i = 0; ret == 0 && i < entries; i++) {
+        Sqcow2Root root = {};
+
+        if (l1[i]) {
+            ret = table_in_file(lower, record->layer, l1[i], cluster_bits,
+                                errp);
+            root.kind = SQCOW2_ROOT_TABLE;
+            root.layer = record->layer;
+            root.host_offset = l1[i];
+        } else if (i < below.entries &&
+                   sqcow2_decode_root(below.root[i], record->layer,
+                                      cluster_bits, &root) < 0) {
+            error_setg(errp, "The root table of '%s' is invalid",
+                       lower->filename);
+            ret = -EINVAL;
+        }
+        if (ret == 0) {
+            view->root[i] = sqcow2_encode_root(&root, cluster_bits);
+        }
+    }
+    sqcow2_view_free(&below);
+    if (ret < 0) {
+        sqcow2_view_free(view);
+    }
+    return ret;
+}
+
+/* Allocate clusters, write @bytes of @buf and zeros behind; set @ref. */
+static int GRAPH_RDLOCK write_table(BlockDriverState *bs, const void *buf,
+                                    uint32_t entries, size_t entry_size,
+                                    Sqcow2TableRef *ref)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    uint64_t bytes = (uint64_t)entries * entry_size;
+    uint64_t padded = ROUND_UP(bytes, s->q.cluster_size);
+    g_autofree uint8_t *clusters = NULL;
+    int64_t host_offset;
+    int ret;
+
+    *ref = (Sqcow2TableRef) {};
+    if (!entries) {
+        return 0;
+    }
+    clusters = g_try_malloc0(padded);
+    if (!clusters) {
+        return -ENOMEM;
+    }
+    memcpy(clusters, buf, bytes);
+    host_offset = qcow2_alloc_clusters(bs, padded);
+    if (host_offset < 0) {
+        return host_offset;
+    }
+    ret = qcow2_pre_write_overlap_check(bs, 0, host_offset, padded, false);
+    if (ret == 0) {
+        ret = bdrv_pwrite(bs->file, host_offset, padded, clusters, 0);
+    }
+    *ref = (Sqcow2TableRef) {
+        .host_offset = host_offset,
+        .entries = entries,
+        .crc = crc32c(0xffffffff, clusters, bytes),
+    };
+    return ret;
+}
+
+/* Write merged tables and the root table of @view; set rec->root. */
+static int GRAPH_RDLOCK write_view(BlockDriverState *bs, Sqcow2View *view,
+                                   Sqcow2Record *rec)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    uint32_t table_entries = s->q.cluster_size / sizeof(uint64_t);
+    bool empty = true;
+    int ret;
+
+    for (uint32_t i = 0; i < view->entries; i++) {
+        Sqcow2Root root = {
+            .kind = SQCOW2_ROOT_TABLE,
+            .layer = rec->layer,
+        };
+        Sqcow2TableRef ref;
+
+        empty = empty && !view->root[i];
+        if (view->root[i] >> 62 != SQCOW2_ROOT_MEMORY) {
+            continue;
+        }
+        ret = write_table(bs, g_ptr_array_index(view->tables,
+                                                (uint32_t)view->root[i]),
+                          table_entries, sizeof(uint64_t), &ref);
+        if (ret < 0) {
+            return ret;
+        }
+        root.host_offset = ref.host_offset;
+        view->root[i] = sqcow2_encode_root(&root, s->q.cluster_bits);
+    }
+    if (empty) {
+        return 0;               /* entries behind the end are absent */
+    }
+    for (uint32_t i = 0; i < view->entries; i++) {
+        view->root[i] = cpu_to_be64(view->root[i]);
+    }
+    return write_table(bs, view->root, view->entries, SQCOW2_ROOT_SIZE,
+                       &rec->root);
+}
+
+static int GRAPH_RDLOCK write_plain_table(BlockDriverState *bs,
+                                          const Sqcow2Chain *chain,
+                                          Sqcow2Record *rec, Error **errp)
+{
+    g_autofree uint8_t *buf = g_malloc0((size_t)chain->nb_layers *
+                                        SQCOW2_PLAIN_SIZE);
+    int ret;
+
+    for (uint32_t i = 0; i < chain->nb_layers; i++) {
+        Sqcow2Plain plain;
+
+        ret = sqcow2_describe_plain(&chain->layers[i], &plain, errp);
+        if (ret < 0) {
+            error_prepend(errp, "Layer %u, '%s', ", i,
+                          chain->layers[i].filename);
+            return ret;
+        }
+        sqcow2_encode_plain(&plain, buf + i * SQCOW2_PLAIN_SIZE);
+    }
+    ret = write_table(bs, buf, chain->nb_layers, SQCOW2_PLAIN_SIZE,
+                      &rec->plain);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Could not write the plain-layer table");
+    }
+    return ret;
+}
+
+/* An index over plain layers only: build it and describe them. */
+static int GRAPH_RDLOCK index_plain_chain(BlockDriverState *bs,
+                                          const Sqcow2Chain *chain,
+                                          Sqcow2View *view, Sqcow2Record *rec,
+                                          Error **errp)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    int ret;
+
+    for (uint32_t i = 0; i < chain->nb_layers; i++) {
+        if (chain->layers[i].kind == SQCOW2_LAYER_SQCOW2) {
+            error_setg(errp, "Layer %u, '%s', has no valid index or lies "
+                       "below a plain layer", i, chain->layers[i].filename);
+            return -ENOTSUP;
+        }
+    }
+    rec->layer = chain->nb_layers;
+    /* Describe before reading: a change in between then shows */
+    ret = write_plain_table(bs, chain, rec, errp);
+    if (ret < 0) {
+        return ret;
+    }
+    return sqcow2_view_build(chain->layers, chain->nb_layers,
+                             s->q.cluster_bits, view, errp);
+}
+
+/* The layer below is indexed: share its tables. */
+static int index_snapshot(BDRVSqcow2State *s, const Sqcow2Chain *chain,
+                          Sqcow2View *view, Sqcow2Record *rec, Error **errp)
+{
+    const Sqcow2Record *lower = &chain->top_record;
+
+    if (lower->layer == SQCOW2_MAX_LAYERS - 1) {
+        error_setg(errp, "'%s' is layer %d, the last that an index can count; "
+                   "shorten the chain with 'qemu-img commit' or 'qemu-img "
+                   "convert'", chain->layers[0].filename, lower->layer);
+        return -EFBIG;
+    }
+    rec->layer = lower->layer + 1;
+    memcpy(rec->below_stamp, lower->stamp, SQCOW2_STAMP_SIZE);
+    return view_share(&chain->layers[0], lower, s->q.cluster_bits, view, errp);
+}
+
+/*
+ * Open what @bs names as its backing file and make its view.
+ * Returns 0; -EFBIG with @errp set when there is no index for the new layer;
+ * another negative errno with @errp set when the image must do without one.
+ */
+static int GRAPH_RDLOCK index_lower(BlockDriverState *bs, Sqcow2View *view,
+                                    Sqcow2Record *rec, Error **errp)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    Sqcow2Chain chain = {};
+    Sqcow2WalkOptions opts = {
+        .filename = bs->filename,
+        .backing = bs->auto_backing_file,
+        .backing_fmt = bs->backing_format,
+        .cluster_bits = s->q.cluster_bits,
+        .compression_type = s->q.compression_type,
+        .one_hop = true,
+        .locking = qemu_has_ofd_lock(),
+    };
+    int ret;
+
+    ret = sqcow2_walk(&opts, &chain, errp);
+    if (ret < 0) {
+        return ret;
+    }
+    rec->below_kind = chain.layers[0].kind;
+    if (rec->below_kind == SQCOW2_LAYER_SQCOW2 && chain.top_has_record &&
+        chain.top_record.flags & SQCOW2_FLAG_INDEX_VALID) {
+        if (chain.top_record.flags & SQCOW2_FLAG_WRITING) {
+            error_setg(errp, "'%s' is being written, or was not closed",
+                       chain.layers[0].filename);
+            ret = -EAGAIN;
+        } else {
+            ret = index_snapshot(s, &chain, view, rec, errp);
+        }
+    } else {
+        sqcow2_chain_free(&chain);
+        opts.one_hop = false;
+        ret = sqcow2_walk(&opts, &chain, errp);
+        if (ret == 0) {
+            ret = index_plain_chain(bs, &chain, view, rec, errp);
+        }
+    }
+    if (ret == 0) {
+        ret = write_view(bs, view, rec);
+        if (ret < 0) {
+            error_setg_errno(errp, -ret, "Could not write the index");
+        }
+    }
+    sqcow2_chain_free(&chain);
+    return ret;
+}
+
+int coroutine_fn sqcow2_index_create(BlockDriverState *bs, Error **errp)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    Sqcow2Record rec = {};
+    Sqcow2View view = {};
+    Error *local_err = NULL;
+    int ret = 0;
+
+    if (has_subclusters(&s->q) || has_data_file(bs) || bs->encrypted) {
+        ret = -ENOTSUP;
+    } else if (bs->auto_backing_file[0]) {
+        ret = index_lower(bs, &view, &rec, &local_err);
+    }
+    sqcow2_view_free(&view);
+    if (ret == -EFBIG || ret == -EIO || ret == -ENOSPC || ret == -EINVAL) {
+        error_propagate(errp, local_err);
+        return ret;
+    }
+    error_free(local_err);
+    if (ret == 0) {
+        rec.flags = SQCOW2_FLAG_INDEX_VALID;
+    } else {
+        rec = (Sqcow2Record) {};
+    }
+
+    s->record = rec;
+    ret = sqcow2_record_new_stamp(s, errp);
+    if (ret < 0) {
+        return ret;
+    }
+    ret = qcow2_flush_caches(bs);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Could not write the index");
+        return ret;
+    }
+    /* Tables are on disk; now the one header write that makes them count */
+    s->q.incompatible_features |= SQCOW2_INCOMPAT_INDEX;
+    s->has_record = true;
+    s->changed = true;
+    sqcow2_record_store(bs);
+    ret = qcow2_update_header(bs);
+    if (ret == 0) {
+        ret = bdrv_flush(bs->file->bs);
+    }
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Could not write the sQcow2 header%s",
+                         ret == -ENOSPC ? " (does the backing file name fit "
+                         "into the first cluster?)" : "");
+    }
+    return ret;
+}

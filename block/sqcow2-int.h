@@ -1,0 +1,300 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * sQcow2 driver: in-memory state
+ *
+ * The files, top down; calls point down only:
+ *   sqcow2.c         the BlockDriver: callbacks, create, info
+ *   sqcow2-chain.c   opening flat, and the real backing graph on demand
+ *   sqcow2-check.c   check of the index
+ *   sqcow2-read.c    read path, block status
+ *   sqcow2-write.c   what writing adds to qcow2's
+ *   sqcow2-index.c   build the index: share, merge, rebuild
+ *   sqcow2-record.c  the record in the header: find, change, write in place
+ *   sqcow2-lookup.c  guest offset -> owner, host offset, kind, run
+ *   sqcow2-cache.c   L2 slices of other layers, and of merged tables
+ *   sqcow2-layers.c  the layer set: a protocol node over all layers' files
+ *   sqcow2-walk.c    follow the backing links, parse headers, verify stamps
+ *   sqcow2-format.c  bytes
+ *
+ * Locks: qcow2's s->lock (here: s->q.lock) guards the own L1 table, the own
+ * L2 cache and, in this driver, the slice cache and the record.  It is held
+ * for lookups, never for data I/O.  There is no other lock.
+ */
+#ifndef BLOCK_SQCOW2_INT_H
+#define BLOCK_SQCOW2_INT_H
+
+#include "block/block-io.h"
+#include "block/block_int.h"
+#include "block/sqcow2.h"
+#include "block/sqcow2-format.h"
+#include "qcow2.h"
+
+/* One layer below the active one; its place in an array is its index. */
+typedef struct Sqcow2Layer {
+    Sqcow2LayerKind kind;
+    int fd;                     /* -1: read through @child */
+    BdrvChild *child;           /* of the layer set; NULL if @fd is used */
+    uint64_t virtual_size;      /* bytes */
+    uint64_t clip;              /* S9: bytes of it that are visible from above */
+    uint64_t file_size;         /* bytes; block devices: the device's */
+    uint64_t l1_host_offset;
+    uint32_t l1_entries;
+    char *filename;             /* full name, for opening and for messages */
+} Sqcow2Layer;
+
+/* A whole chain below an active image, as following the links found it. */
+typedef struct Sqcow2Chain {
+    Sqcow2Layer *layers;        /* [0] is the base */
+    uint32_t nb_layers;
+    Sqcow2Record top_record;    /* of layers[nb_layers - 1] */
+    bool top_has_record;
+    char *distrust;             /* why the index does not fit; NULL: it does */
+} Sqcow2Chain;
+
+/*
+ * A runtime root table: on-disk entries in host byte order (validated), plus
+ * entries of kind SQCOW2_ROOT_MEMORY, whose low bits index @tables.
+ */
+#define SQCOW2_ROOT_MEMORY 3
+typedef struct Sqcow2View {
+    uint64_t *root;
+    uint32_t entries;
+    GPtrArray *tables;          /* of L2 tables in memory, as on disk */
+} Sqcow2View;
+
+typedef enum Sqcow2Mode {
+    SQCOW2_MODE_OFF,            /* as qcow2: backing node or none */
+    SQCOW2_MODE_INDEXED,        /* flat; S7 and S8 hold */
+    SQCOW2_MODE_REBUILT,        /* flat; @view was built in memory, and 0 and
+                                 * foreign entries of own tables mean "below" */
+} Sqcow2Mode;
+
+extern BlockDriver bdrv_sqcow2;
+
+typedef struct Sqcow2Cache Sqcow2Cache;
+
+typedef struct BDRVSqcow2State {
+    BDRVQcow2State q;           /* must be first: upstream's code sees this */
+
+    /* Set at open, changed in the main thread while the node is drained */
+    Sqcow2Mode mode;
+    uint16_t layer;             /* own index in the running chain */
+    BdrvChild *set;             /* the layer set; NULL when not flat */
+    Sqcow2Layer *layers;        /* owned by the layer set's node */
+    Sqcow2View view;            /* of the layer below */
+    Sqcow2Cache *cache;
+    uint64_t cache_bytes;       /* budget from the options; 0: default */
+    char *distrust;             /* why the index is not used; NULL: it is */
+
+    /* Changed under q.lock, or in the main thread while drained */
+    bool has_record;
+    Sqcow2Record record;        /* as in the file */
+    bool changed;               /* S3 is done for this session; only ever set
+                                 * to true, so it may be read without lock */
+} BDRVSqcow2State;
+
+/* What one lookup tells */
+typedef struct Sqcow2Extent {
+    Sqcow2ClusterKind kind;
+    uint16_t owner;
+    uint64_t host_offset;       /* DATA: of the first byte; COMPRESSED: the
+                                 * descriptor, as qcow2 stores it */
+    uint64_t bytes;             /* of the same kind and owner; for DATA they
+                                 * are adjacent in the owner's file */
+} Sqcow2Extent;
+
+static inline bool sqcow2_has_index_bit(BDRVSqcow2State *s)
+{
+    return s->q.incompatible_features & SQCOW2_INCOMPAT_INDEX;
+}
+
+/* Bytes of guest address space that one L2 table covers */
+static inline uint64_t sqcow2_region_size(const BDRVQcow2State *q)
+{
+    return 1ULL << (q->cluster_bits + q->l2_bits);
+}
+
+/* sqcow2-walk.c */
+
+/*
+ * Follow the backing links from the image @filename, which names @backing
+ * with format @backing_fmt, down to the base, or just one hop when @one_hop.
+ * Every layer is opened, locked (unless @locking is false), parsed and, when
+ * @record is not NULL, verified hop by hop against it.
+ * Blocking; any thread.
+ *
+ * @set: node to attach layers on other protocols than local files to; NULL:
+ *       such layers cannot be indexed.  Main thread, no graph lock if given.
+ *
+ * Returns 0; -ENOTSUP with @errp set when a layer cannot be indexed; another
+ * negative errno with @errp set, naming file and index, when the chain is
+ * broken.  On success the caller frees @chain.
+ */
+typedef struct Sqcow2WalkOptions {
+    const char *filename;
+    const char *backing;
+    const char *backing_fmt;
+    int cluster_bits;           /* of the active image */
+    uint8_t compression_type;   /* of the active image */
+    const Sqcow2Record *record; /* what to verify against, or NULL */
+    const uint8_t *plain_table; /* encoded, of the active image, or NULL */
+    bool one_hop;
+    bool locking;
+    BlockDriverState *set;
+} Sqcow2WalkOptions;
+
+int sqcow2_walk(const Sqcow2WalkOptions *opts, Sqcow2Chain *chain,
+                Error **errp);
+void sqcow2_chain_free(Sqcow2Chain *chain);
+void sqcow2_layers_free(Sqcow2Layer *layers, uint32_t nb_layers);
+
+/* Set every layer's clip (S9) from the virtual sizes. */
+void sqcow2_set_clips(Sqcow2Layer *layers, uint32_t nb_layers);
+
+/*
+ * Read @bytes at @host_offset of one layer's file, zeros behind its end.
+ * Blocking.  Returns 0 or a negative errno.
+ */
+int sqcow2_layer_pread(const Sqcow2Layer *layer, uint64_t host_offset,
+                       uint64_t bytes, void *buf);
+
+/*
+ * Describe a plain layer for the plain-layer table.  Waits for up to 50 ms
+ * until its modification time can be told from that of a later change.
+ * Returns 0 or a negative errno with @errp set.
+ */
+int sqcow2_describe_plain(const Sqcow2Layer *layer, Sqcow2Plain *plain,
+                          Error **errp);
+
+/*
+ * Cluster size in bits of the backing file of an image to be created, or 0
+ * when it has none or cannot be read.
+ */
+int sqcow2_peek_cluster_bits(const char *filename, const char *backing,
+                             const char *backing_fmt);
+
+/* sqcow2-layers.c */
+
+/* Create an empty layer set node.  Main thread, no graph lock held. */
+BlockDriverState *sqcow2_layers_new(BlockDriverState *bs, Error **errp);
+
+/* Hand @layers over to the layer set @set. */
+void sqcow2_layers_set(BlockDriverState *set, Sqcow2Layer *layers,
+                       uint32_t nb_layers);
+
+static inline uint64_t sqcow2_set_offset(uint16_t layer, uint64_t host_offset)
+{
+    return (uint64_t)layer << SQCOW2_HOST_BITS | host_offset;
+}
+
+/* sqcow2-cache.c; all with q.lock held */
+
+Sqcow2Cache *sqcow2_cache_new(size_t slice_bytes, uint64_t max_bytes);
+void sqcow2_cache_free(Sqcow2Cache *c);
+
+/* Returns the slice with this key, or NULL. */
+uint64_t *sqcow2_cache_find(Sqcow2Cache *c, uint64_t key);
+
+/*
+ * Returns memory for the slice with this key, which is not in the cache,
+ * evicting another one if the budget is used up; NULL: out of memory.  The
+ * caller fills it, then calls sqcow2_cache_add() - or not, on error.
+ */
+uint64_t *sqcow2_cache_take(Sqcow2Cache *c);
+void sqcow2_cache_add(Sqcow2Cache *c, uint64_t key, uint64_t *slice);
+
+/* sqcow2-lookup.c */
+
+/*
+ * Who owns the cluster at @guest_offset, and where?  For up to @bytes, which
+ * must be greater than 0.  Called with q.lock held; the node is flat.
+ * Returns 0, or -EIO when a table cannot be read or breaks a rule (reported
+ * once as corruption).
+ */
+int GRAPH_RDLOCK sqcow2_lookup(BlockDriverState *bs, uint64_t guest_offset,
+                               uint64_t bytes, Sqcow2Extent *extent);
+
+/* Fill a new own L2 table's slice from the view below; q.lock held. */
+int GRAPH_RDLOCK sqcow2_inherit_slice(BlockDriverState *bs, int l1_index,
+                                      unsigned slice, uint64_t *l2_slice);
+
+/* sqcow2-record.c */
+
+/*
+ * Take the record from the header extension that upstream's code has read.
+ * Without one, or with one that does not count (S2), has_record is false.
+ */
+void sqcow2_record_load(BlockDriverState *bs);
+
+/*
+ * Write s->record in place and flush it.  q.lock held in coroutines.
+ * Returns 0 or a negative errno.
+ */
+int GRAPH_RDLOCK sqcow2_record_write(BlockDriverState *bs);
+
+/* Put s->record into the header extensions in memory, adding ours if needed */
+void sqcow2_record_store(BlockDriverState *bs);
+
+/* Draw a new stamp into s->record.  Returns 0 or -errno with @errp set. */
+int sqcow2_record_new_stamp(BDRVSqcow2State *s, Error **errp);
+
+/* S3: to be called before any change.  _locked: with q.lock held. */
+int coroutine_fn GRAPH_RDLOCK sqcow2_begin_change(BlockDriverState *bs);
+int GRAPH_RDLOCK sqcow2_begin_change_locked(BlockDriverState *bs);
+
+/* S7: the index is wrong from now on; q.lock held in coroutines. */
+int GRAPH_RDLOCK sqcow2_invalidate_index(BlockDriverState *bs);
+
+/* sqcow2-index.c */
+
+void sqcow2_view_free(Sqcow2View *view);
+
+/*
+ * Load and validate the root table that the record names.
+ * Returns 0, or a negative errno with @errp set.
+ */
+int sqcow2_view_load(BlockDriverState *bs, const Sqcow2Record *record,
+                     Sqcow2View *view, Error **errp);
+
+/*
+ * Build the view of layers[nb_layers - 1] from standard entries alone (S1).
+ * Blocking, iterative.  Returns 0 or a negative errno with @errp set.
+ */
+int sqcow2_view_build(const Sqcow2Layer *layers, uint32_t nb_layers,
+                      int cluster_bits, Sqcow2View *view, Error **errp);
+
+/*
+ * Give a freshly created image its feature bit, record and, when the layers
+ * below can be indexed, its index.  In all other cases the record says "no
+ * index", and opening the image builds one in memory.
+ */
+int coroutine_fn GRAPH_RDLOCK
+sqcow2_index_create(BlockDriverState *bs, Error **errp);
+
+/* Read the plain-layer table; NULL with @errp set on error, or if empty. */
+uint8_t *sqcow2_read_plain_table(BlockDriverState *bs,
+                                 const Sqcow2Record *record, Error **errp);
+
+/* sqcow2-chain.c */
+void sqcow2_drop_flat(BlockDriverState *bs);
+
+/* sqcow2-read.c */
+int coroutine_fn GRAPH_RDLOCK
+sqcow2_co_preadv_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
+                      QEMUIOVector *qiov, size_t qiov_offset,
+                      BdrvRequestFlags flags);
+int coroutine_fn GRAPH_RDLOCK
+sqcow2_co_block_status(BlockDriverState *bs, bool want_zero, int64_t offset,
+                       int64_t bytes, int64_t *pnum, int64_t *map,
+                       BlockDriverState **file);
+int coroutine_fn GRAPH_RDLOCK
+sqcow2_co_copy_range_from(BlockDriverState *bs, BdrvChild *src,
+                          int64_t src_offset, BdrvChild *dst,
+                          int64_t dst_offset, int64_t bytes,
+                          BdrvRequestFlags read_flags,
+                          BdrvRequestFlags write_flags);
+
+/* sqcow2-write.c: install the callbacks that write */
+void sqcow2_write_init(BlockDriver *drv);
+
+#endif /* BLOCK_SQCOW2_INT_H */

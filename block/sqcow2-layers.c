@@ -1,0 +1,209 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * sQcow2: the layer set, one protocol node over the files of all layers
+ *
+ * Serves address "layer << 46 | host_offset" of a space of 2^62 bytes, read
+ * only.  A layer is a bare descriptor, or for other protocols than local
+ * files a child node.  So 1000 layers cost one node, and still the block
+ * layer gives padding for O_DIRECT, draining, request tracking, statistics.
+ *
+ * The array of layers is handed over once, after the walk has opened and
+ * locked them, and does not change while requests run; so nothing is locked.
+ * Requests go through the engine of the active image's file: threads,
+ * linux-aio or io_uring.  Closing the node closes the descriptors, which
+ * gives up the image locks.
+ */
+#include "qemu/osdep.h"
+#include "qemu/iov.h"
+#include "qapi/error.h"
+#include "qobject/qdict.h"
+#include "block/raw-aio.h"
+#include "block/thread-pool.h"
+#include "sqcow2-int.h"
+
+#define DIRECT_ALIGNMENT 4096
+
+typedef struct LayerSet {
+    Sqcow2Layer *layers;
+    uint32_t nb_layers;
+    bool use_linux_aio;
+    bool use_io_uring;
+} LayerSet;
+
+typedef struct ReadTask {
+    int fd;
+    uint64_t host_offset;
+    QEMUIOVector *qiov;
+} ReadTask;
+
+/* Runs in a worker thread */
+static int read_in_thread(void *opaque)
+{
+    ReadTask *task = opaque;
+    size_t done = 0;
+
+    while (done < task->qiov->size) {
+        g_autofree struct iovec *rest = NULL;
+        struct iovec *iov = task->qiov->iov;
+        unsigned niov = task->qiov->niov;
+        ssize_t ret;
+
+        if (done) {
+            rest = g_new(struct iovec, niov);
+            niov = iov_copy(rest, niov, iov, niov, done,
+                            task->qiov->size - done);
+            iov = rest;
+        }
+        ret = RETRY_ON_EINTR(preadv(task->fd, iov, MIN(niov, IOV_MAX),
+                                    task->host_offset + done));
+        if (ret < 0) {
+            return -errno;
+        }
+        if (ret == 0) {
+            qemu_iovec_memset(task->qiov, done, 0, task->qiov->size - done);
+            break;
+        }
+        done += ret;
+    }
+    return 0;
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+layers_co_preadv(BlockDriverState *bs, int64_t offset, int64_t bytes,
+                 QEMUIOVector *qiov, BdrvRequestFlags flags)
+{
+    LayerSet *set = bs->opaque;
+    uint32_t index = offset >> SQCOW2_HOST_BITS;
+    uint64_t host_offset = offset & (SQCOW2_MAX_HOST_OFFSET - 1);
+    Sqcow2Layer *layer;
+    ReadTask task;
+
+    if (index >= set->nb_layers ||
+        host_offset + bytes > SQCOW2_MAX_HOST_OFFSET) {
+        return -EINVAL;
+    }
+    layer = &set->layers[index];
+    if (layer->child) {
+        return bdrv_co_preadv(layer->child, host_offset, bytes, qiov, 0);
+    }
+#ifdef CONFIG_LINUX_IO_URING
+    if (set->use_io_uring &&
+        aio_setup_linux_io_uring(qemu_get_current_aio_context(), NULL)) {
+        return luring_co_submit(bs, layer->fd, host_offset, qiov,
+                                QEMU_AIO_READ, 0);
+    }
+#endif
+#ifdef CONFIG_LINUX_AIO
+    if (set->use_linux_aio &&
+        aio_setup_linux_aio(qemu_get_current_aio_context(), NULL)) {
+        return laio_co_submit(layer->fd, host_offset, qiov, QEMU_AIO_READ, 0,
+                              0);
+    }
+#endif
+    task = (ReadTask) {
+        .fd = layer->fd,
+        .host_offset = host_offset,
+        .qiov = qiov,
+    };
+    return thread_pool_submit_co(read_in_thread, &task);
+}
+
+static int64_t coroutine_fn layers_co_getlength(BlockDriverState *bs)
+{
+    return (int64_t)SQCOW2_MAX_LAYERS << SQCOW2_HOST_BITS;
+}
+
+/* The space belongs to the files of the layers below. */
+static int64_t coroutine_fn
+layers_co_get_allocated_file_size(BlockDriverState *bs)
+{
+    return 0;
+}
+
+static int layers_open(BlockDriverState *bs, QDict *options, int flags,
+                       Error **errp)
+{
+    return 0;
+}
+
+static void layers_close(BlockDriverState *bs)
+{
+    LayerSet *set = bs->opaque;
+
+    sqcow2_layers_free(set->layers, set->nb_layers);
+}
+
+static void layers_refresh_limits(BlockDriverState *bs, Error **errp)
+{
+    /* The layers may lie on several file systems: a size that fits all */
+    if (bs->open_flags & BDRV_O_NOCACHE) {
+        bs->bl.request_alignment = DIRECT_ALIGNMENT;
+        bs->bl.min_mem_alignment = DIRECT_ALIGNMENT;
+        bs->bl.opt_mem_alignment = MAX(DIRECT_ALIGNMENT,
+                                       qemu_real_host_page_size());
+    } else {
+        bs->bl.request_alignment = 1;
+    }
+}
+
+static void GRAPH_RDLOCK
+layers_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
+                  BlockReopenQueue *queue, uint64_t perm, uint64_t shared,
+                  uint64_t *nperm, uint64_t *nshared)
+{
+    *nperm = BLK_PERM_CONSISTENT_READ;
+    *nshared = BLK_PERM_ALL & ~(BLK_PERM_WRITE | BLK_PERM_RESIZE);
+}
+
+static BlockDriver bdrv_sqcow2_layers = {
+    .format_name                    = "sqcow2-layers",
+    .protocol_name                  = "sqcow2-layers",
+    .instance_size                  = sizeof(LayerSet),
+    .bdrv_open                      = layers_open,
+    .bdrv_close                     = layers_close,
+    .bdrv_child_perm                = layers_child_perm,
+    .bdrv_refresh_limits            = layers_refresh_limits,
+    .bdrv_co_preadv                 = layers_co_preadv,
+    .bdrv_co_getlength              = layers_co_getlength,
+    .bdrv_co_get_allocated_file_size = layers_co_get_allocated_file_size,
+};
+
+BlockDriverState *sqcow2_layers_new(BlockDriverState *bs, Error **errp)
+{
+    int flags = bs->open_flags & BDRV_O_NOCACHE;
+    const char *aio = qdict_get_try_str(bs->file->bs->options, "aio");
+    BlockDriverState *set_bs;
+    LayerSet *set;
+
+    flags |= bs->file->bs->open_flags &
+             (BDRV_O_NOCACHE | BDRV_O_NATIVE_AIO | BDRV_O_IO_URING);
+    set_bs = bdrv_new_open_driver(&bdrv_sqcow2_layers, NULL, flags, errp);
+    if (!set_bs) {
+        return NULL;
+    }
+    set = set_bs->opaque;
+    set->use_io_uring = aio ? !strcmp(aio, "io_uring")
+                            : flags & BDRV_O_IO_URING;
+    set->use_linux_aio = aio ? !strcmp(aio, "native")
+                             : flags & BDRV_O_NATIVE_AIO;
+    return set_bs;
+}
+
+void sqcow2_layers_set(BlockDriverState *set_bs, Sqcow2Layer *layers,
+                       uint32_t nb_layers)
+{
+    LayerSet *set = set_bs->opaque;
+
+    set->layers = layers;
+    set->nb_layers = nb_layers;
+    if (set_bs->open_flags & BDRV_O_NOCACHE) {
+        for (uint32_t i = 0; i < nb_layers; i++) {
+            int fd = layers[i].fd;
+
+            /* Where it does not take, reads work all the same */
+            if (fd >= 0) {
+                fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_DIRECT);
+            }
+        }
+    }
+}

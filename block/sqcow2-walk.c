@@ -1,0 +1,808 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * sQcow2: follow the backing links of a chain, parse and verify its files
+ *
+ * The links decide which files are read, and nothing else does: the next
+ * file's name comes from the header of the file above it, made absolute by
+ * the same function as for qcow2's backing files.  A layer's life: opened,
+ * locked as QEMU locks a backing file, its header parsed, compared with what
+ * the file above expects, appended; the loop goes on with its own link.  The
+ * walk is a loop and its state is of constant size, so that 65,536 layers
+ * cost no stack.
+ *
+ * Metadata is read with plain pread(): the descriptors are not in any event
+ * loop yet, and open is allowed to block, as file-posix's is.
+ */
+#include "qemu/osdep.h"
+#include <sys/resource.h>
+#include "qemu/bswap.h"
+#include "qemu/crc32c.h"
+#include "qemu/cutils.h"
+#include "qapi/error.h"
+#include "qobject/qdict.h"
+#include "sqcow2-int.h"
+
+/* A header with all known extensions and the longest name fits in this. */
+#define HEADER_READ_BYTES 4096
+#define V2_HEADER_BYTES 72
+#define V3_HEADER_BYTES 104
+#define EXT_END 0
+#define EXT_BACKING_FORMAT 0xe2792aca
+
+/* Incompatible features that do not change where data lies */
+#define INDEXABLE_FEATURES (QCOW2_INCOMPAT_DIRTY | QCOW2_INCOMPAT_CORRUPT | \
+                            QCOW2_INCOMPAT_COMPRESSION | SQCOW2_INCOMPAT_INDEX)
+
+/* qemu's image locking protocol: docs/system/qemu-block-drivers.rst.inc */
+enum {
+    IMG_LOCK_PERM_BASE = 100,
+    IMG_LOCK_SHARED_BASE = 200,
+    IMG_LOCK_READ = 0,
+    IMG_LOCK_WRITE = 1,
+    IMG_LOCK_RESIZE = 3,
+};
+
+/* A file system's clock may tick as slowly as this */
+#define MTIME_TICK_NS (50 * SCALE_MS)
+#define MTIME_COARSE_TICK_NS (2 * NANOSECONDS_PER_SECOND)
+
+/* What the header of one layer says */
+typedef struct LayerHeader {
+    int cluster_bits;
+    uint8_t compression_type;
+    bool has_record;
+    Sqcow2Record record;
+    char backing[1024];         /* empty: none */
+    char backing_fmt[16];
+} LayerHeader;
+
+typedef struct Walk {
+    const Sqcow2WalkOptions *opts;
+    GArray *layers;             /* of Sqcow2Layer, from the top down */
+    GHashTable *seen;           /* "device:inode" of each file */
+    char *distrust;
+
+    /* What the file above expects of the next one; S8 */
+    bool verifying;
+    Sqcow2Record above;
+    uint8_t *plain_table;       /* of the lowest sQcow2 file so far */
+    uint8_t *plain_table_buf;
+} Walk;
+
+static int fd_pread(int fd, uint64_t host_offset, uint64_t bytes, void *buf)
+{
+    uint8_t *p = buf;
+
+    while (bytes) {
+        ssize_t ret = RETRY_ON_EINTR(pread(fd, p, bytes, host_offset));
+
+        if (ret < 0) {
+            return -errno;
+        }
+        if (ret == 0) {
+            memset(p, 0, bytes);
+            return 0;
+        }
+        p += ret;
+        host_offset += ret;
+        bytes -= ret;
+    }
+    return 0;
+}
+
+int sqcow2_layer_pread(const Sqcow2Layer *layer, uint64_t host_offset,
+                       uint64_t bytes, void *buf)
+{
+    if (layer->child) {
+        return bdrv_pread(layer->child, host_offset, bytes, buf, 0);
+    }
+    return fd_pread(layer->fd, host_offset, bytes, buf);
+}
+
+/* Allow as many descriptors as the system does; tools do not do so. */
+static void raise_descriptor_limit(void)
+{
+    struct rlimit limit;
+
+    if (!getrlimit(RLIMIT_NOFILE, &limit) && limit.rlim_cur < limit.rlim_max) {
+        limit.rlim_cur = limit.rlim_max;
+        setrlimit(RLIMIT_NOFILE, &limit);
+    }
+}
+
+static int open_file(const char *filename, Error **errp)
+{
+    int fd = qemu_open(filename, O_RDONLY | O_NONBLOCK, NULL);
+
+    if (fd < 0 && errno == EMFILE) {
+        raise_descriptor_limit();
+        fd = qemu_open(filename, O_RDONLY | O_NONBLOCK, NULL);
+    }
+    if (fd < 0 && errno == EMFILE) {
+        error_setg(errp, "too many open files; raise the limit of open files "
+                   "(ulimit -n) above the number of layers");
+        return -EMFILE;
+    }
+    if (fd < 0) {
+        int err = errno;
+
+        error_setg_errno(errp, err, "cannot be opened");
+        return -err;
+    }
+    return fd;
+}
+
+/*
+ * Take the locks of a reader that lets nobody write or resize, and look for
+ * others who do.  OFD locks: closing the descriptor gives them up.
+ */
+static int lock_layer(int fd, Error **errp)
+{
+    static const int held[] = {
+        IMG_LOCK_PERM_BASE + IMG_LOCK_READ,
+        IMG_LOCK_SHARED_BASE + IMG_LOCK_WRITE,
+        IMG_LOCK_SHARED_BASE + IMG_LOCK_RESIZE,
+    };
+    static const int tested[] = {
+        IMG_LOCK_SHARED_BASE + IMG_LOCK_READ,
+        IMG_LOCK_PERM_BASE + IMG_LOCK_WRITE,
+        IMG_LOCK_PERM_BASE + IMG_LOCK_RESIZE,
+    };
+
+    for (int i = 0; i < ARRAY_SIZE(held); i++) {
+        int ret = qemu_lock_fd(fd, held[i], 1, false);
+
+        if (ret == -EAGAIN || ret == -EACCES) {
+            goto busy;
+        } else if (ret < 0) {
+            error_setg_errno(errp, -ret, "cannot be locked");
+            return ret;
+        }
+    }
+    for (int i = 0; i < ARRAY_SIZE(tested); i++) {
+        int ret = qemu_lock_fd_test(fd, tested[i], 1, true);
+
+        if (ret == -EAGAIN || ret == -EACCES) {
+            goto busy;
+        } else if (ret < 0) {
+            error_setg_errno(errp, -ret, "cannot be locked");
+            return ret;
+        }
+    }
+    return 0;
+
+busy:
+    error_setg(errp, "is being written by another process "
+               "(its \"write\" lock is taken)");
+    return -EAGAIN;
+}
+
+/* True the first time that this file is met. */
+static bool note_file(Walk *w, const struct stat *st)
+{
+    return g_hash_table_add(w->seen,
+                            g_strdup_printf("%" PRIu64 ":%" PRIu64,
+                                            (uint64_t)st->st_dev,
+                                            (uint64_t)st->st_ino));
+}
+
+static int open_local_layer(Walk *w, Sqcow2Layer *layer, Error **errp)
+{
+    const char *path = layer->filename;
+    struct stat st;
+    off_t size;
+    int fd, ret;
+
+    strstart(path, "file:", &path);
+    fd = open_file(path, errp);
+    if (fd < 0) {
+        return fd;
+    }
+    layer->fd = fd;
+
+    if (fstat(fd, &st) < 0) {
+        error_setg_errno(errp, errno, "cannot be examined");
+        return -EIO;
+    }
+    if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode)) {
+        error_setg(errp, "is neither a regular file nor a block device");
+        return -EINVAL;
+    }
+    if (!note_file(w, &st)) {
+        error_setg(errp, "stands in the backing chain twice; "
+                   "break the loop with 'qemu-img rebase -u'");
+        return -ELOOP;
+    }
+    size = S_ISREG(st.st_mode) ? st.st_size : lseek(fd, 0, SEEK_END);
+    if (size < 0) {
+        error_setg_errno(errp, errno, "has no size");
+        return -EIO;
+    }
+    layer->file_size = size;
+
+    if (w->opts->locking) {
+        ret = lock_layer(fd, errp);
+        if (ret < 0) {
+            return ret;
+        }
+    }
+    return 0;
+}
+
+static int open_protocol_layer(Walk *w, Sqcow2Layer *layer, Error **errp)
+{
+    g_autofree char *name = g_strdup_printf("layer.%u", w->layers->len);
+    BlockDriverState *bs;
+    QDict *options;
+    int64_t size;
+
+    if (!w->opts->set || strstart(layer->filename, "json:", NULL)) {
+        error_setg(errp, "is not a local file");
+        return -ENOTSUP;
+    }
+    options = qdict_new();
+    qdict_put_bool(options, BDRV_OPT_READ_ONLY, true);
+    bs = bdrv_open(layer->filename, NULL, options, BDRV_O_PROTOCOL, errp);
+    if (!bs) {
+        return -EIO;
+    }
+    bdrv_graph_wrlock();
+    layer->child = bdrv_attach_child(w->opts->set, bs, name, &child_of_bds,
+                                     BDRV_CHILD_DATA | BDRV_CHILD_METADATA,
+                                     errp);
+    bdrv_graph_wrunlock();
+    if (!layer->child) {
+        return -EPERM;
+    }
+    size = bdrv_getlength(bs);
+    if (size < 0) {
+        error_setg_errno(errp, -size, "has no size");
+        return size;
+    }
+    layer->file_size = size;
+    return 0;
+}
+
+/* Read extensions in @buf from @pos to @end into @hdr. */
+static int parse_extensions(const uint8_t *buf, uint64_t pos, uint64_t end,
+                            LayerHeader *hdr, Error **errp)
+{
+    while (pos + 8 <= end) {
+        uint32_t magic = ldl_be_p(buf + pos);
+        uint32_t len = ldl_be_p(buf + pos + 4);
+
+        pos += 8;
+        if (magic == EXT_END) {
+            return 0;
+        }
+        if (len > end - pos) {
+            break;
+        }
+        if (magic == EXT_BACKING_FORMAT && len < sizeof(hdr->backing_fmt)) {
+            memcpy(hdr->backing_fmt, buf + pos, len);
+            hdr->backing_fmt[len] = '\0';
+        } else if (magic == SQCOW2_EXT_MAGIC && !hdr->has_record) {
+            /* One that does not count is as none: S2 */
+            hdr->has_record = !sqcow2_decode_record(buf + pos, len,
+                                                    hdr->cluster_bits,
+                                                    &hdr->record, NULL);
+        }
+        pos += ROUND_UP((uint64_t)len, 8);
+    }
+    error_setg(errp, "has a damaged header extension");
+    return -EINVAL;
+}
+
+/*
+ * Check the fixed header fields in @buf (the first HEADER_READ_BYTES of the
+ * file) as qcow2 does, as far as reading the tables depends on them.
+ */
+static int parse_fixed_header(const uint8_t *buf, Sqcow2Layer *layer,
+                              LayerHeader *hdr, uint64_t *features,
+                              uint32_t *header_bytes, Error **errp)
+{
+    const QCowHeader *h = (const QCowHeader *)buf;
+    uint32_t version = be32_to_cpu(h->version);
+
+    if (be32_to_cpu(h->magic) != QCOW_MAGIC || version < 2 || version > 3) {
+        error_setg(errp, "is not a qcow2 image");
+        return -EINVAL;
+    }
+    hdr->cluster_bits = be32_to_cpu(h->cluster_bits);
+    layer->virtual_size = be64_to_cpu(h->size);
+    layer->l1_host_offset = be64_to_cpu(h->l1_table_offset);
+    layer->l1_entries = be32_to_cpu(h->l1_size);
+    *features = version == 3 ? be64_to_cpu(h->incompatible_features) : 0;
+    *header_bytes = version == 3 ? be32_to_cpu(h->header_length)
+                                 : V2_HEADER_BYTES;
+
+    if (hdr->cluster_bits < MIN_CLUSTER_BITS ||
+        hdr->cluster_bits > MAX_CLUSTER_BITS ||
+        *header_bytes > 1U << hdr->cluster_bits ||
+        (version == 3 && *header_bytes < V3_HEADER_BYTES) ||
+        layer->virtual_size > INT64_MAX ||
+        layer->l1_entries > QCOW_MAX_L1_SIZE / L1E_SIZE ||
+        layer->l1_host_offset & ((1ULL << hdr->cluster_bits) - 1) ||
+        layer->l1_host_offset > SQCOW2_MAX_HOST_OFFSET) {
+        error_setg(errp, "has a damaged qcow2 header");
+        return -EINVAL;
+    }
+    if (*features & ~(uint64_t)INDEXABLE_FEATURES ||
+        be32_to_cpu(h->crypt_method) != QCOW_CRYPT_NONE) {
+        error_setg(errp, "uses a feature that the index does not cover");
+        return -ENOTSUP;
+    }
+    if (*header_bytes > offsetof(QCowHeader, compression_type)) {
+        hdr->compression_type = h->compression_type;
+    }
+    return 0;
+}
+
+static int parse_qcow2(Sqcow2Layer *layer, bool want_sqcow2, LayerHeader *hdr,
+                       Error **errp)
+{
+    g_autofree uint8_t *buf = g_malloc(HEADER_READ_BYTES);
+    uint64_t features, backing_offset, end;
+    uint32_t header_bytes, name_bytes;
+    int ret;
+
+    ret = sqcow2_layer_pread(layer, 0, HEADER_READ_BYTES, buf);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "cannot be read");
+        return ret;
+    }
+    ret = parse_fixed_header(buf, layer, hdr, &features, &header_bytes, errp);
+    if (ret < 0) {
+        return ret;
+    }
+    if (features & SQCOW2_INCOMPAT_INDEX && !want_sqcow2) {
+        error_setg(errp, "is an sqcow2 image but is named as qcow2");
+        return -ENOTSUP;
+    }
+
+    backing_offset = ldq_be_p(buf + offsetof(QCowHeader, backing_file_offset));
+    name_bytes = ldl_be_p(buf + offsetof(QCowHeader, backing_file_size));
+    end = backing_offset ?: 1ULL << hdr->cluster_bits;
+    if (end > 1ULL << hdr->cluster_bits || name_bytes > 1023 ||
+        (backing_offset && name_bytes > (1ULL << hdr->cluster_bits) - end)) {
+        error_setg(errp, "has a damaged backing file name");
+        return -EINVAL;
+    }
+    if (end + (backing_offset ? name_bytes : 0) > HEADER_READ_BYTES) {
+        uint64_t bytes = 1ULL << hdr->cluster_bits;
+
+        buf = g_realloc(buf, bytes);
+        ret = sqcow2_layer_pread(layer, 0, bytes, buf);
+        if (ret < 0) {
+            error_setg_errno(errp, -ret, "cannot be read");
+            return ret;
+        }
+    }
+    ret = parse_extensions(buf, header_bytes, end, hdr, errp);
+    if (ret < 0) {
+        return ret;
+    }
+    if (backing_offset) {
+        memcpy(hdr->backing, buf + backing_offset, name_bytes);
+        hdr->backing[name_bytes] = '\0';
+    }
+    if (features & SQCOW2_INCOMPAT_INDEX) {
+        layer->kind = SQCOW2_LAYER_SQCOW2;
+    } else {
+        layer->kind = SQCOW2_LAYER_QCOW2;
+        hdr->has_record = false;
+    }
+    return 0;
+}
+
+/* Parse a layer that the link above calls @fmt; "" makes us look. */
+static int parse_layer(Walk *w, Sqcow2Layer *layer, const char *fmt,
+                       LayerHeader *hdr, Error **errp)
+{
+    uint32_t magic = 0;
+    int ret;
+
+    if (!*fmt) {
+        ret = sqcow2_layer_pread(layer, 0, sizeof(magic), &magic);
+        if (ret < 0) {
+            error_setg_errno(errp, -ret, "cannot be read");
+            return ret;
+        }
+    }
+    if (!strcmp(fmt, "qcow2") || !strcmp(fmt, "sqcow2") ||
+        be32_to_cpu(magic) == QCOW_MAGIC) {
+        ret = parse_qcow2(layer, strcmp(fmt, "qcow2"), hdr, errp);
+        if (ret < 0) {
+            return ret;
+        }
+        if (hdr->cluster_bits != w->opts->cluster_bits) {
+            error_setg(errp, "has another cluster size");
+            return -ENOTSUP;
+        }
+        if (hdr->compression_type != w->opts->compression_type) {
+            error_setg(errp, "has another compression type");
+            return -ENOTSUP;
+        }
+    } else if (!strcmp(fmt, "raw")) {
+        layer->kind = SQCOW2_LAYER_RAW;
+        layer->virtual_size = ROUND_UP(layer->file_size, BDRV_SECTOR_SIZE);
+    } else {
+        error_setg(errp, "has a format that the index does not cover");
+        return -ENOTSUP;
+    }
+    if (layer->file_size > SQCOW2_MAX_HOST_OFFSET) {
+        error_setg(errp, "is longer than 64 TiB");
+        return -ENOTSUP;
+    }
+    return 0;
+}
+
+/* Waits, so that a change from now on gets a later modification time. */
+static int64_t settled_mtime(int fd)
+{
+    struct stat st;
+    int64_t mtime, age;
+
+    for (int tries = 0; tries < 2; tries++) {
+        if (fstat(fd, &st) < 0 || !S_ISREG(st.st_mode)) {
+            return 0;
+        }
+        mtime = st.st_mtim.tv_sec * NANOSECONDS_PER_SECOND +
+                st.st_mtim.tv_nsec;
+        age = g_get_real_time() * 1000 - mtime;
+        if (age > MTIME_COARSE_TICK_NS ||
+            (age > MTIME_TICK_NS && st.st_mtim.tv_nsec)) {
+            return mtime;
+        }
+        if (age < 0 || !st.st_mtim.tv_nsec) {
+            return 0;
+        }
+        g_usleep((MTIME_TICK_NS - MIN(age, MTIME_TICK_NS)) / 1000 + 1000);
+    }
+    return 0;
+}
+
+static int64_t mtime_now(int fd)
+{
+    struct stat st;
+
+    if (fd < 0 || fstat(fd, &st) < 0 || !S_ISREG(st.st_mode)) {
+        return 0;
+    }
+    return st.st_mtim.tv_sec * NANOSECONDS_PER_SECOND + st.st_mtim.tv_nsec;
+}
+
+static int crc_of_header_and_l1(const Sqcow2Layer *layer, uint32_t *crc,
+                                Error **errp)
+{
+    uint64_t l1_bytes = (uint64_t)layer->l1_entries * L1E_SIZE;
+    g_autofree uint8_t *buf = g_try_malloc(V3_HEADER_BYTES + l1_bytes);
+    int ret;
+
+    if (!buf) {
+        error_setg(errp, "has an L1 table that does not fit in memory");
+        return -ENOMEM;
+    }
+    ret = sqcow2_layer_pread(layer, 0, V3_HEADER_BYTES, buf);
+    if (ret == 0) {
+        ret = sqcow2_layer_pread(layer, layer->l1_host_offset, l1_bytes,
+                                 buf + V3_HEADER_BYTES);
+    }
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "cannot be read");
+        return ret;
+    }
+    *crc = crc32c(0xffffffff, buf, V3_HEADER_BYTES + l1_bytes);
+    return 0;
+}
+
+int sqcow2_describe_plain(const Sqcow2Layer *layer, Sqcow2Plain *plain,
+                          Error **errp)
+{
+    *plain = (Sqcow2Plain) {
+        .kind = layer->kind,
+        .virtual_size = layer->virtual_size,
+    };
+    if (layer->kind == SQCOW2_LAYER_RAW) {
+        return 0;
+    }
+    /* The time first: a change during our reading shows in what is read or
+     * makes a later time. */
+    plain->mtime_ns = layer->fd < 0 ? 0 : settled_mtime(layer->fd);
+    return crc_of_header_and_l1(layer, &plain->crc, errp);
+}
+
+static void G_GNUC_PRINTF(2, 3) distrust(Walk *w, const char *fmt, ...)
+{
+    va_list ap;
+
+    w->verifying = false;
+    if (!w->distrust) {
+        va_start(ap, fmt);
+        w->distrust = g_strdup_vprintf(fmt, ap);
+        va_end(ap);
+    }
+}
+
+/* Compare a plain layer with what the lowest sQcow2 file recorded; S8. */
+static void verify_plain(Walk *w, const Sqcow2Layer *layer, uint32_t index)
+{
+    Sqcow2Plain expected;
+    uint32_t crc;
+
+    if (!w->plain_table || index >= w->above.plain.entries) {
+        distrust(w, "layer %u '%s' is not described in the layer above it",
+                 index, layer->filename);
+        return;
+    }
+    if (sqcow2_decode_plain(w->plain_table + index * SQCOW2_PLAIN_SIZE,
+                            &expected, NULL) < 0 ||
+        expected.kind != layer->kind ||
+        expected.virtual_size != layer->virtual_size) {
+        distrust(w, "layer %u '%s' is not the file that was there when the "
+                 "layer above it was indexed", index, layer->filename);
+        return;
+    }
+    if (layer->kind == SQCOW2_LAYER_RAW) {
+        return;
+    }
+    if (!expected.mtime_ns || expected.mtime_ns != mtime_now(layer->fd)) {
+        distrust(w, "layer %u '%s' may have been modified since the layer "
+                 "above it was indexed", index, layer->filename);
+        return;
+    }
+    if (crc_of_header_and_l1(layer, &crc, NULL) < 0 || crc != expected.crc) {
+        distrust(w, "layer %u '%s' was modified since the layer above it was "
+                 "indexed", index, layer->filename);
+    }
+}
+
+/* The plain-layer table of the sQcow2 layer that was just appended */
+static void load_plain_table(Walk *w, const Sqcow2Layer *layer,
+                             const Sqcow2Record *rec)
+{
+    uint64_t bytes = (uint64_t)rec->plain.entries * SQCOW2_PLAIN_SIZE;
+
+    g_free(w->plain_table_buf);
+    w->plain_table = w->plain_table_buf = NULL;
+    if (!bytes) {
+        return;
+    }
+    w->plain_table_buf = g_malloc(bytes);
+    if (sqcow2_layer_pread(layer, rec->plain.host_offset, bytes,
+                           w->plain_table_buf) == 0 &&
+        crc32c(0xffffffff, w->plain_table_buf, bytes) == rec->plain.crc) {
+        w->plain_table = w->plain_table_buf;
+    }
+}
+
+/*
+ * Compare @layer, found below w->above, with what w->above expects (S8);
+ * then let it be the one that expects.
+ */
+static void verify_layer(Walk *w, const Sqcow2Layer *layer,
+                         const LayerHeader *hdr)
+{
+    /* Indexes fall by one at each hop; plain layers have none of their own */
+    uint32_t index = w->above.layer - 1;
+
+    if (!w->verifying) {
+        return;
+    }
+    if (w->above.layer == 0) {
+        distrust(w, "there is a layer '%s' below the one that was the base",
+                 layer->filename);
+        return;
+    }
+    if (w->above.below_kind != layer->kind &&
+        w->above.below_kind != SQCOW2_LAYER_NONE) {
+        distrust(w, "layer %u '%s' has another format than when the layer "
+                 "above it was indexed", index, layer->filename);
+        return;
+    }
+    if (layer->kind != SQCOW2_LAYER_SQCOW2) {
+        verify_plain(w, layer, index);
+        w->above.layer = index;
+        w->above.below_kind = SQCOW2_LAYER_NONE;
+        return;
+    }
+    if (!hdr->has_record ||
+        memcmp(hdr->record.stamp, w->above.below_stamp, SQCOW2_STAMP_SIZE)) {
+        distrust(w, "layer %u '%s' was modified since the layer above it was "
+                 "indexed", index, layer->filename);
+        return;
+    }
+    if (hdr->record.layer != index) {
+        distrust(w, "layer '%s' has index %u instead of %u",
+                 layer->filename, hdr->record.layer, index);
+        return;
+    }
+    w->above = hdr->record;
+    load_plain_table(w, layer, &hdr->record);
+}
+
+static void free_layer(Sqcow2Layer *layer)
+{
+    if (layer->fd >= 0) {
+        close(layer->fd);
+    }
+    g_free(layer->filename);
+}
+
+void sqcow2_layers_free(Sqcow2Layer *layers, uint32_t nb_layers)
+{
+    for (uint32_t i = 0; i < nb_layers; i++) {
+        free_layer(&layers[i]);
+    }
+    g_free(layers);
+}
+
+void sqcow2_chain_free(Sqcow2Chain *chain)
+{
+    sqcow2_layers_free(chain->layers, chain->nb_layers);
+    g_free(chain->distrust);
+    *chain = (Sqcow2Chain) {};
+}
+
+void sqcow2_set_clips(Sqcow2Layer *layers, uint32_t nb_layers)
+{
+    uint64_t clip = UINT64_MAX;
+
+    for (uint32_t i = nb_layers; i-- > 0; ) {
+        clip = MIN(clip, layers[i].virtual_size);
+        layers[i].clip = clip;
+    }
+}
+
+/*
+ * One hop: open the layer that @backing in the header of @above names.  On
+ * success it is appended and @hdr holds its own link.
+ */
+static int walk_hop(Walk *w, const char *above, const char *backing,
+                    const char *fmt, LayerHeader *hdr, Error **errp)
+{
+    ERRP_GUARD();
+    Sqcow2Layer layer = { .fd = -1 };
+    const char *path;
+    int ret;
+
+    layer.filename = bdrv_get_full_backing_filename_from_filename(above,
+                                                                  backing,
+                                                                  errp);
+    if (!layer.filename) {
+        return -EINVAL;
+    }
+    if (strstart(layer.filename, "file:", &path) ||
+        !path_has_protocol(layer.filename)) {
+        ret = open_local_layer(w, &layer, errp);
+    } else {
+        ret = open_protocol_layer(w, &layer, errp);
+    }
+    *hdr = (LayerHeader) {};
+    if (ret == 0) {
+        ret = parse_layer(w, &layer, fmt, hdr, errp);
+    }
+    if (ret < 0) {
+        error_prepend(errp, "Layer %u below the active image, '%s', ",
+                      w->layers->len + 1, layer.filename);
+        free_layer(&layer);
+        return ret;
+    }
+    verify_layer(w, &layer, hdr);
+    g_array_append_val(w->layers, layer);
+    return 0;
+}
+
+static int walk_down(Walk *w, LayerHeader *top, Error **errp)
+{
+    const Sqcow2WalkOptions *opts = w->opts;
+    g_autofree LayerHeader *hdr = g_new0(LayerHeader, 1);
+    const char *above = opts->filename;
+    int ret;
+
+    pstrcpy(hdr->backing, sizeof(hdr->backing), opts->backing);
+    pstrcpy(hdr->backing_fmt, sizeof(hdr->backing_fmt), opts->backing_fmt);
+
+    do {
+        g_autofree char *backing = g_strdup(hdr->backing);
+        g_autofree char *fmt = g_strdup(hdr->backing_fmt);
+
+        if (w->layers->len == SQCOW2_MAX_LAYERS - 1) {
+            error_setg(errp, "The backing chain has more than %d layers; "
+                       "shorten it with 'qemu-img commit' or 'qemu-img "
+                       "convert'", SQCOW2_MAX_LAYERS);
+            return -EFBIG;
+        }
+        ret = walk_hop(w, above, backing, fmt, hdr, errp);
+        if (ret < 0) {
+            return ret;
+        }
+        above = g_array_index(w->layers, Sqcow2Layer,
+                              w->layers->len - 1).filename;
+        if (w->layers->len == 1) {
+            *top = *hdr;
+        }
+    } while (hdr->backing[0] && !opts->one_hop);
+
+    if (w->verifying && !opts->one_hop && w->above.layer != 0) {
+        distrust(w, "layer %u is missing below '%s'", w->above.layer - 1,
+                 above);
+    }
+    return 0;
+}
+
+int sqcow2_walk(const Sqcow2WalkOptions *opts, Sqcow2Chain *chain,
+                Error **errp)
+{
+    g_autofree LayerHeader *top = g_new0(LayerHeader, 1);
+    Walk w = {
+        .opts = opts,
+        .layers = g_array_new(false, false, sizeof(Sqcow2Layer)),
+        .seen = g_hash_table_new_full(g_str_hash, g_str_equal, g_free, NULL),
+        .verifying = opts->record,
+        .plain_table = (uint8_t *)opts->plain_table,
+    };
+    int ret;
+
+    if (opts->record) {
+        w.above = *opts->record;
+    }
+    ret = walk_down(&w, top, errp);
+
+    *chain = (Sqcow2Chain) {
+        .nb_layers = w.layers->len,
+        .top_record = top->record,
+        .top_has_record = top->has_record,
+        .distrust = w.distrust,
+    };
+    chain->layers = (Sqcow2Layer *)g_array_free(w.layers, false);
+    for (uint32_t i = 0; i < chain->nb_layers / 2; i++) {
+        Sqcow2Layer tmp = chain->layers[i];
+
+        chain->layers[i] = chain->layers[chain->nb_layers - 1 - i];
+        chain->layers[chain->nb_layers - 1 - i] = tmp;
+    }
+    g_hash_table_unref(w.seen);
+    g_free(w.plain_table_buf);
+
+    for (uint32_t i = 1; ret == 0 && i < chain->nb_layers; i++) {
+        if (chain->layers[i].kind == SQCOW2_LAYER_RAW) {
+            error_setg(errp, "Layer %u, '%s', is raw but not the base",
+                       i, chain->layers[i].filename);
+            ret = -ENOTSUP;
+        }
+    }
+    if (ret < 0) {
+        sqcow2_chain_free(chain);
+        return ret;
+    }
+    sqcow2_set_clips(chain->layers, chain->nb_layers);
+    return 0;
+}
+
+int sqcow2_peek_cluster_bits(const char *filename, const char *backing,
+                             const char *backing_fmt)
+{
+    g_autofree LayerHeader *hdr = g_new0(LayerHeader, 1);
+    Sqcow2Layer layer = { .fd = -1 };
+    const char *path;
+    int bits = 0;
+
+    if (!backing_fmt ||
+        (strcmp(backing_fmt, "qcow2") && strcmp(backing_fmt, "sqcow2"))) {
+        return 0;
+    }
+    layer.filename = bdrv_get_full_backing_filename_from_filename(filename,
+                                                                  backing,
+                                                                  NULL);
+    if (layer.filename) {
+        path = layer.filename;
+        strstart(path, "file:", &path);
+        layer.fd = path_has_protocol(path) ? -1 : open_file(path, NULL);
+    }
+    if (layer.fd >= 0 && parse_qcow2(&layer, true, hdr, NULL) == 0) {
+        bits = hdr->cluster_bits;
+    }
+    free_layer(&layer);
+    return bits;
+}

@@ -1,0 +1,245 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * sQcow2: what writing adds to qcow2's
+ *
+ * All changes are made by qcow2's code.  Ours comes before it: S3, the new
+ * stamp, ahead of the first change of a session; and inside it, from the
+ * hook in l2_allocate(): the first write to a region copies the table that
+ * is inherited from below, so that the new one is complete (S7), or, when
+ * the index is not trusted or not used, first clears "index valid".
+ *
+ * Order on disk: stamp, flush; inherited table, flush (both upstream's);
+ * L1 entry.  A cut in between leaves the old table, or a new one that says
+ * the same.
+ */
+#include "qemu/osdep.h"
+#include "qapi/error.h"
+#include "qemu/option.h"
+#include "sqcow2-int.h"
+
+int sqcow2_init_l2_slice(BlockDriverState *bs, int l1_index, unsigned slice,
+                         uint64_t *l2_slice)
+{
+    BDRVSqcow2State *s = bs->opaque;
+
+    if (bs->drv != &bdrv_sqcow2 || !sqcow2_has_index_bit(s)) {
+        return 0;
+    }
+    if (s->mode == SQCOW2_MODE_INDEXED) {
+        return sqcow2_inherit_slice(bs, l1_index, slice, l2_slice);
+    }
+    /* Without layers below, zeros are the truth: the table is complete */
+    if (s->record.layer == 0 && !bs->auto_backing_file[0]) {
+        return 0;
+    }
+    return sqcow2_invalidate_index(bs);
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+sqcow2_co_pwritev_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
+                       QEMUIOVector *qiov, size_t qiov_offset,
+                       BdrvRequestFlags flags)
+{
+    int ret = sqcow2_begin_change(bs);
+
+    return ret < 0 ? ret :
+        bdrv_qcow2.bdrv_co_pwritev_part(bs, offset, bytes, qiov, qiov_offset,
+                                        flags);
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+sqcow2_co_pwrite_zeroes(BlockDriverState *bs, int64_t offset, int64_t bytes,
+                        BdrvRequestFlags flags)
+{
+    int ret = sqcow2_begin_change(bs);
+
+    return ret < 0 ? ret :
+        bdrv_qcow2.bdrv_co_pwrite_zeroes(bs, offset, bytes, flags);
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+sqcow2_co_pdiscard(BlockDriverState *bs, int64_t offset, int64_t bytes)
+{
+    int ret = sqcow2_begin_change(bs);
+
+    return ret < 0 ? ret : bdrv_qcow2.bdrv_co_pdiscard(bs, offset, bytes);
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+sqcow2_co_copy_range_to(BlockDriverState *bs, BdrvChild *src,
+                        int64_t src_offset, BdrvChild *dst,
+                        int64_t dst_offset, int64_t bytes,
+                        BdrvRequestFlags read_flags,
+                        BdrvRequestFlags write_flags)
+{
+    int ret = sqcow2_begin_change(bs);
+
+    return ret < 0 ? ret :
+        bdrv_qcow2.bdrv_co_copy_range_to(bs, src, src_offset, dst, dst_offset,
+                                         bytes, read_flags, write_flags);
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+sqcow2_co_pwritev_compressed_part(BlockDriverState *bs, int64_t offset,
+                                  int64_t bytes, QEMUIOVector *qiov,
+                                  size_t qiov_offset)
+{
+    int ret = sqcow2_begin_change(bs);
+
+    return ret < 0 ? ret :
+        bdrv_qcow2.bdrv_co_pwritev_compressed_part(bs, offset, bytes, qiov,
+                                                   qiov_offset);
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+sqcow2_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
+                   PreallocMode prealloc, BdrvRequestFlags flags, Error **errp)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    int64_t old_size = bs->total_sectors * BDRV_SECTOR_SIZE;
+    int ret = sqcow2_begin_change(bs);
+
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Could not update the sQcow2 header");
+        return ret;
+    }
+    /*
+     * S10: a longer view below must not come to light.  The block layer sees
+     * to that where there is a backing node.
+     */
+    if (s->mode != SQCOW2_MODE_OFF && offset > old_size &&
+        s->layers[s->layer - 1].virtual_size > old_size) {
+        flags |= BDRV_REQ_ZERO_WRITE;
+    }
+    return bdrv_qcow2.bdrv_co_truncate(bs, offset, exact, prealloc, flags,
+                                       errp);
+}
+
+/*
+ * Emptying may rebuild the file without any knowledge of our tables, so the
+ * record lets go of them first; what then still names a table is nothing.
+ */
+static int GRAPH_RDLOCK sqcow2_make_empty(BlockDriverState *bs)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    int ret;
+
+    if (s->mode != SQCOW2_MODE_OFF) {
+        return -ENOTSUP;        /* only commit does it, on the real graph */
+    }
+    if (s->has_record) {
+        Sqcow2Record old = s->record;
+
+        ret = sqcow2_begin_change_locked(bs);
+        if (ret < 0) {
+            return ret;
+        }
+        s->record.flags &= ~SQCOW2_FLAG_INDEX_VALID;
+        s->record.root = s->record.plain = (Sqcow2TableRef) {};
+        ret = sqcow2_record_write(bs);
+        if (ret < 0) {
+            s->record = old;
+            return ret;
+        }
+    }
+    return bdrv_qcow2.bdrv_make_empty(bs);
+}
+
+static int GRAPH_RDLOCK sqcow2_snapshot_create(BlockDriverState *bs,
+                                               QEMUSnapshotInfo *sn_info)
+{
+    int ret = sqcow2_begin_change_locked(bs);
+
+    return ret < 0 ? ret : bdrv_qcow2.bdrv_snapshot_create(bs, sn_info);
+}
+
+static int GRAPH_UNLOCKED sqcow2_snapshot_goto(BlockDriverState *bs,
+                                               const char *snapshot_id)
+{
+    int ret;
+
+    bdrv_graph_rdlock_main_loop();
+    ret = sqcow2_begin_change_locked(bs);
+    bdrv_graph_rdunlock_main_loop();
+    return ret < 0 ? ret : bdrv_qcow2.bdrv_snapshot_goto(bs, snapshot_id);
+}
+
+static int GRAPH_RDLOCK sqcow2_snapshot_delete(BlockDriverState *bs,
+                                               const char *snapshot_id,
+                                               const char *name, Error **errp)
+{
+    int ret = sqcow2_begin_change_locked(bs);
+
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Could not update the sQcow2 header");
+        return ret;
+    }
+    return bdrv_qcow2.bdrv_snapshot_delete(bs, snapshot_id, name, errp);
+}
+
+/*
+ * Another backing file: the index is for the old one.  A file without a
+ * valid index is right with any.
+ */
+static int coroutine_fn GRAPH_RDLOCK
+sqcow2_co_change_backing_file(BlockDriverState *bs, const char *backing_file,
+                              const char *backing_fmt)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    int ret;
+
+    qemu_co_mutex_lock(&s->q.lock);
+    ret = sqcow2_invalidate_index(bs);
+    qemu_co_mutex_unlock(&s->q.lock);
+    return ret < 0 ? ret :
+        bdrv_qcow2.bdrv_co_change_backing_file(bs, backing_file, backing_fmt);
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+sqcow2_co_check(BlockDriverState *bs, BdrvCheckResult *result,
+                BdrvCheckMode fix)
+{
+    int ret = fix ? sqcow2_begin_change(bs) : 0;
+
+    return ret < 0 ? ret : bdrv_qcow2.bdrv_co_check(bs, result, fix);
+}
+
+static int GRAPH_RDLOCK
+sqcow2_amend_options(BlockDriverState *bs, QemuOpts *opts,
+                     BlockDriverAmendStatusCB *status_cb, void *cb_opaque,
+                     bool force, Error **errp)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    const char *compat = qemu_opt_get(opts, BLOCK_OPT_COMPAT_LEVEL);
+    int ret;
+
+    if (sqcow2_has_index_bit(s) && compat && strcmp(compat, "1.1") &&
+        strcmp(compat, "v3")) {
+        error_setg(errp, "An sqcow2 image needs compat=1.1");
+        return -ENOTSUP;
+    }
+    ret = sqcow2_begin_change_locked(bs);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Could not update the sQcow2 header");
+        return ret;
+    }
+    return bdrv_qcow2.bdrv_amend_options(bs, opts, status_cb, cb_opaque,
+                                         force, errp);
+}
+
+void sqcow2_write_init(BlockDriver *drv)
+{
+    drv->bdrv_co_pwritev_part = sqcow2_co_pwritev_part;
+    drv->bdrv_co_pwrite_zeroes = sqcow2_co_pwrite_zeroes;
+    drv->bdrv_co_pdiscard = sqcow2_co_pdiscard;
+    drv->bdrv_co_copy_range_to = sqcow2_co_copy_range_to;
+    drv->bdrv_co_pwritev_compressed_part = sqcow2_co_pwritev_compressed_part;
+    drv->bdrv_co_truncate = sqcow2_co_truncate;
+    drv->bdrv_make_empty = sqcow2_make_empty;
+    drv->bdrv_snapshot_create = sqcow2_snapshot_create;
+    drv->bdrv_snapshot_goto = sqcow2_snapshot_goto;
+    drv->bdrv_snapshot_delete = sqcow2_snapshot_delete;
+    drv->bdrv_co_change_backing_file = sqcow2_co_change_backing_file;
+    drv->bdrv_co_check = sqcow2_co_check;
+    drv->bdrv_amend_options = sqcow2_amend_options;
+}

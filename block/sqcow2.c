@@ -1,0 +1,340 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * sQcow2: the block driver
+ *
+ * A copy of qcow2's BlockDriver, made at start-up, with these callbacks
+ * replaced: open and close (the record, the layer set), read and block
+ * status (one lookup for the whole chain), those that write (a new stamp
+ * first), create (a plain image first, then its index), info.
+ *
+ * docs/sqcow2.rst: the format.  sqcow2-int.h: the state, and a map of the
+ * files.
+ */
+#include "qemu/osdep.h"
+#include "qemu/bswap.h"
+#include "qemu/cutils.h"
+#include "qapi/error.h"
+#include "qapi/qapi-types-block-core.h"
+#include "qapi/qapi-visit-block-core.h"
+#include "qemu/option.h"
+#include "qobject/qdict.h"
+#include "system/block-backend.h"
+#include "sqcow2-int.h"
+
+BlockDriver bdrv_sqcow2;
+
+uint64_t sqcow2_incompat_mask(BlockDriverState *bs)
+{
+    return bs->drv == &bdrv_sqcow2 ? SQCOW2_INCOMPAT_INDEX : 0;
+}
+
+static int sqcow2_probe(const uint8_t *buf, int buf_size, const char *filename)
+{
+    const QCowHeader *h = (const QCowHeader *)buf;
+
+    if (buf_size >= sizeof(*h) && be32_to_cpu(h->magic) == QCOW_MAGIC &&
+        be32_to_cpu(h->version) == 3 &&
+        be64_to_cpu(h->incompatible_features) & SQCOW2_INCOMPAT_INDEX) {
+        return 101;             /* qcow2 says 100 to everything of its magic */
+    }
+    return 0;
+}
+
+/* The budget of our cache is that of qcow2's L2 cache, if the user set one. */
+static uint64_t cache_budget(QDict *options)
+{
+    QObject *value = qdict_get(options, QCOW2_OPT_L2_CACHE_SIZE);
+    uint64_t bytes = 0;
+
+    if (value && qobject_type(value) == QTYPE_QSTRING) {
+        qemu_strtosz(qdict_get_str(options, QCOW2_OPT_L2_CACHE_SIZE), NULL,
+                     &bytes);
+    } else if (value && qobject_type(value) == QTYPE_QNUM) {
+        bytes = qdict_get_int(options, QCOW2_OPT_L2_CACHE_SIZE);
+    }
+    return bytes;
+}
+
+static int sqcow2_open(BlockDriverState *bs, QDict *options, int flags,
+                       Error **errp)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    int ret;
+
+    s->cache_bytes = cache_budget(options);
+    ret = bdrv_qcow2.bdrv_open(bs, options, flags, errp);
+    if (ret < 0) {
+        return ret;
+    }
+    if (sqcow2_has_index_bit(s) && s->q.qcow_version < 3) {
+        error_setg(errp, "An sqcow2 image must have qcow2 version 3");
+        bdrv_qcow2.bdrv_close(bs);
+        return -EINVAL;
+    }
+    sqcow2_record_load(bs);
+    return 0;
+}
+
+static void GRAPH_UNLOCKED sqcow2_close(BlockDriverState *bs)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    bool inactive = bs->open_flags & BDRV_O_INACTIVE;
+
+    sqcow2_view_free(&s->view);
+    sqcow2_cache_free(s->cache);
+    g_free(s->distrust);
+    s->cache = NULL;
+    s->distrust = NULL;
+    s->mode = SQCOW2_MODE_OFF;
+
+    /* The session is over once qcow2's caches are on disk */
+    if (s->changed && !inactive) {
+        bdrv_graph_rdlock_main_loop();
+        if (qcow2_flush_caches(bs) == 0) {
+            s->record.flags &= ~SQCOW2_FLAG_WRITING;
+            sqcow2_record_write(bs);
+        }
+        bdrv_graph_rdunlock_main_loop();
+    }
+    bdrv_qcow2.bdrv_close(bs);
+}
+
+static void GRAPH_RDLOCK
+sqcow2_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
+                  BlockReopenQueue *queue, uint64_t perm, uint64_t shared,
+                  uint64_t *nperm, uint64_t *nshared)
+{
+    if (c && !strcmp(c->name, "layers")) {
+        *nperm = BLK_PERM_CONSISTENT_READ;
+        *nshared = BLK_PERM_ALL;
+        return;
+    }
+    bdrv_default_perms(bs, c, role, queue, perm, shared, nperm, nshared);
+}
+
+/* Never the chain: asked for each request of some devices. */
+static bool coroutine_fn GRAPH_RDLOCK
+sqcow2_co_is_inserted(BlockDriverState *bs)
+{
+    return bdrv_co_is_inserted(bs->file->bs);
+}
+
+static int GRAPH_RDLOCK sqcow2_has_zero_init(BlockDriverState *bs)
+{
+    return sqcow2_is_flat(bs) ? 0 : bdrv_qcow2.bdrv_has_zero_init(bs);
+}
+
+static Sqcow2IndexState index_state(BDRVSqcow2State *s)
+{
+    switch (s->mode) {
+    case SQCOW2_MODE_INDEXED:
+        return SQCOW2_INDEX_STATE_TRUSTED;
+    case SQCOW2_MODE_REBUILT:
+        return SQCOW2_INDEX_STATE_REBUILT;
+    default:
+        return s->has_record && s->record.flags & SQCOW2_FLAG_INDEX_VALID ?
+               SQCOW2_INDEX_STATE_UNUSED : SQCOW2_INDEX_STATE_NONE;
+    }
+}
+
+static ImageInfoSpecific * GRAPH_RDLOCK
+sqcow2_get_specific_info(BlockDriverState *bs, Error **errp)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    ImageInfoSpecific *qcow2_info, *info;
+    ImageInfoSpecificSqcow2 *sqcow2;
+
+    qcow2_info = bdrv_qcow2.bdrv_get_specific_info(bs, errp);
+    if (!qcow2_info) {
+        return NULL;
+    }
+    sqcow2 = g_new0(ImageInfoSpecificSqcow2, 1);
+    *qapi_ImageInfoSpecificSqcow2_base(sqcow2) = *qcow2_info->u.qcow2.data;
+    g_free(qcow2_info->u.qcow2.data);
+    g_free(qcow2_info);
+
+    sqcow2->index_state = index_state(s);
+    sqcow2->index_reason = g_strdup(s->distrust);
+    if (s->has_record) {
+        GString *stamp = g_string_new(NULL);
+
+        for (int i = 0; i < SQCOW2_STAMP_SIZE; i++) {
+            g_string_append_printf(stamp, "%02x", s->record.stamp[i]);
+        }
+        sqcow2->stamp = g_string_free(stamp, false);
+    }
+    if (s->mode != SQCOW2_MODE_OFF ||
+        (s->has_record && s->record.flags & SQCOW2_FLAG_INDEX_VALID)) {
+        int layer = s->mode != SQCOW2_MODE_OFF ? s->layer : s->record.layer;
+
+        sqcow2->has_layer = sqcow2->has_layers = true;
+        sqcow2->layer = layer;
+        sqcow2->layers = layer + 1;
+    }
+
+    info = g_new0(ImageInfoSpecific, 1);
+    info->type = IMAGE_INFO_SPECIFIC_KIND_SQCOW2;
+    info->u.sqcow2.data = sqcow2;
+    return info;
+}
+
+static void coroutine_fn GRAPH_RDLOCK
+sqcow2_co_invalidate_cache(BlockDriverState *bs, Error **errp)
+{
+    ERRP_GUARD();
+    BDRVSqcow2State *s = bs->opaque;
+    Sqcow2Record old = s->record;
+    bool had_record = s->has_record;
+
+    bdrv_qcow2.bdrv_co_invalidate_cache(bs, errp);
+    if (*errp) {
+        return;
+    }
+    sqcow2_record_load(bs);
+    s->changed = false;
+    /*
+     * While inactive another process wrote the image; that leaves the view of
+     * the layers below as it was.  If it is not, start over.
+     */
+    if (s->mode != SQCOW2_MODE_OFF &&
+        (had_record != s->has_record || old.layer != s->record.layer ||
+         old.below_kind != s->record.below_kind ||
+         memcmp(&old.below_stamp, &s->record.below_stamp,
+                SQCOW2_STAMP_SIZE) ||
+         memcmp(&old.root, &s->record.root, sizeof(old.root)) ||
+         (old.flags ^ s->record.flags) & SQCOW2_FLAG_INDEX_VALID)) {
+        error_setg(errp, "The backing chain of '%s' was changed by another "
+                   "process; open it again", bs->filename);
+        bs->drv = NULL;
+    }
+}
+
+static int GRAPH_RDLOCK sqcow2_inactivate(BlockDriverState *bs)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    int ret = bdrv_qcow2.bdrv_inactivate(bs);
+
+    if (ret == 0 && s->changed) {
+        s->record.flags &= ~SQCOW2_FLAG_WRITING;
+        ret = sqcow2_record_write(bs);
+        /* Whoever writes next takes a new stamp */
+        s->changed = false;
+    }
+    return ret;
+}
+
+/* Give the plain qcow2 image at @options its feature bit, record and index. */
+static int coroutine_fn GRAPH_UNLOCKED
+add_index(const char *filename, QDict *options, Error **errp)
+{
+    BlockBackend *blk;
+    int ret;
+
+    qdict_put_str(options, "driver", "sqcow2");
+    blk = blk_co_new_open(filename, NULL, options,
+                          BDRV_O_RDWR | BDRV_O_NO_BACKING | BDRV_O_NO_IO,
+                          errp);
+    if (!blk) {
+        return -EIO;
+    }
+    bdrv_graph_co_rdlock();
+    ret = sqcow2_index_create(blk_bs(blk), errp);
+    bdrv_graph_co_rdunlock();
+    blk_co_unref(blk);
+    return ret;
+}
+
+static int coroutine_fn GRAPH_UNLOCKED
+sqcow2_co_create(BlockdevCreateOptions *create_options, Error **errp)
+{
+    BlockdevCreateOptionsSqcow2 *sopts = &create_options->u.sqcow2;
+    BlockdevCreateOptions plain = {
+        .driver = BLOCKDEV_DRIVER_QCOW2,
+        .u.qcow2 = *qapi_BlockdevCreateOptionsSqcow2_base(sopts),
+    };
+    BlockDriverState *bs;
+    QDict *options;
+    int bits, ret;
+
+    if (plain.u.qcow2.has_version &&
+        plain.u.qcow2.version != BLOCKDEV_QCOW2_VERSION_V3) {
+        error_setg(errp, "An sqcow2 image needs version=v3");
+        return -EINVAL;
+    }
+    bs = bdrv_co_open_blockdev_ref(sopts->file, errp);
+    if (!bs) {
+        return -EIO;
+    }
+    if (!plain.u.qcow2.has_cluster_size && plain.u.qcow2.backing_file) {
+        bits = sqcow2_peek_cluster_bits(bs->filename,
+            plain.u.qcow2.backing_file,
+            plain.u.qcow2.has_backing_fmt ?
+            BlockdevDriver_str(plain.u.qcow2.backing_fmt) : NULL);
+        plain.u.qcow2.has_cluster_size = bits;
+        plain.u.qcow2.cluster_size = bits ? 1ULL << bits : 0;
+    }
+    ret = bdrv_qcow2.bdrv_co_create(&plain, errp);
+    if (ret == 0) {
+        options = qdict_new();
+        qdict_put_str(options, "file", bs->node_name);
+        ret = add_index(NULL, options, errp);
+    }
+    bdrv_co_unref(bs);
+    return ret;
+}
+
+static int coroutine_fn GRAPH_UNLOCKED
+sqcow2_co_create_opts(BlockDriver *drv, const char *filename, QemuOpts *opts,
+                      Error **errp)
+{
+    const char *compat = qemu_opt_get(opts, BLOCK_OPT_COMPAT_LEVEL);
+    const char *backing = qemu_opt_get(opts, BLOCK_OPT_BACKING_FILE);
+    int bits, ret;
+
+    if (compat && strcmp(compat, "1.1") && strcmp(compat, "v3")) {
+        error_setg(errp, "An sqcow2 image needs compat=1.1");
+        return -EINVAL;
+    }
+    if (backing && !qemu_opt_find(opts, BLOCK_OPT_CLUSTER_SIZE)) {
+        bits = sqcow2_peek_cluster_bits(filename, backing,
+                                        qemu_opt_get(opts,
+                                                     BLOCK_OPT_BACKING_FMT));
+        if (bits) {
+            qemu_opt_set_number(opts, BLOCK_OPT_CLUSTER_SIZE, 1ULL << bits,
+                                &error_abort);
+        }
+    }
+    ret = bdrv_qcow2.bdrv_co_create_opts(&bdrv_qcow2, filename, opts, errp);
+    if (ret == 0) {
+        ret = add_index(filename, qdict_new(), errp);
+    }
+    return ret;
+}
+
+static void bdrv_sqcow2_init(void)
+{
+    bdrv_sqcow2 = bdrv_qcow2;
+    memset(&bdrv_sqcow2.list, 0, sizeof(bdrv_sqcow2.list));
+
+    bdrv_sqcow2.format_name = "sqcow2";
+    bdrv_sqcow2.instance_size = sizeof(BDRVSqcow2State);
+    bdrv_sqcow2.bdrv_probe = sqcow2_probe;
+    bdrv_sqcow2.bdrv_open = sqcow2_open;
+    bdrv_sqcow2.bdrv_close = sqcow2_close;
+    bdrv_sqcow2.bdrv_child_perm = sqcow2_child_perm;
+    bdrv_sqcow2.bdrv_co_create = sqcow2_co_create;
+    bdrv_sqcow2.bdrv_co_create_opts = sqcow2_co_create_opts;
+    bdrv_sqcow2.bdrv_co_is_inserted = sqcow2_co_is_inserted;
+    bdrv_sqcow2.bdrv_has_zero_init = sqcow2_has_zero_init;
+    bdrv_sqcow2.bdrv_get_specific_info = sqcow2_get_specific_info;
+    bdrv_sqcow2.bdrv_co_invalidate_cache = sqcow2_co_invalidate_cache;
+    bdrv_sqcow2.bdrv_inactivate = sqcow2_inactivate;
+    bdrv_sqcow2.bdrv_co_preadv_part = sqcow2_co_preadv_part;
+    bdrv_sqcow2.bdrv_co_block_status = sqcow2_co_block_status;
+    bdrv_sqcow2.bdrv_co_copy_range_from = sqcow2_co_copy_range_from;
+    sqcow2_write_init(&bdrv_sqcow2);
+
+    bdrv_register(&bdrv_sqcow2);
+}
+
+block_init(bdrv_sqcow2_init);

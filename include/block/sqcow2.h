@@ -1,0 +1,63 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * What QEMU's block layer calls of the sQcow2 driver, and nothing else
+ *
+ * Each function does nothing, or says no, for nodes of other drivers.
+ */
+#ifndef BLOCK_SQCOW2_H
+#define BLOCK_SQCOW2_H
+
+#include "block/block-common.h"
+#include "block/graph-lock.h"
+
+/* qcow2.c: incompatible features that the node's driver adds to qcow2's */
+uint64_t sqcow2_incompat_mask(BlockDriverState *bs);
+
+/*
+ * block.c: open the layers below @bs without nodes for them.
+ *
+ * Called after the driver's bdrv_open, in the main thread, without graph
+ * lock.  @options are what the user gave and nothing has consumed yet.
+ *
+ * Returns 1 when @bs needs no backing node; 0 when the backing file is to be
+ * opened as ever; a negative errno with @errp set when the chain is broken
+ * (a layer missing, locked, no image, in a loop).
+ */
+int sqcow2_open_flat(BlockDriverState *bs, QDict *options, Error **errp);
+
+/* True when @bs reads its lower layers itself, without a backing node. */
+bool sqcow2_is_flat(BlockDriverState *bs);
+
+/*
+ * Make the process open real backing nodes from now on: for tools whose
+ * subject is the node graph (commit, rebase, map).
+ */
+void sqcow2_disable_flat(void);
+
+/*
+ * Replace the flat state of @bs, and of every node below it, by backing
+ * nodes, for jobs that work on them.  Main thread, no graph lock held.
+ * Returns 0, or a negative errno with @errp set; then @bs is as before.
+ */
+int sqcow2_open_graph(BlockDriverState *bs, Error **errp);
+
+/*
+ * qcow2-cluster.c: fill @l2_slice, all zeros, of the new L2 table for
+ * @l1_index: slice number @slice of it.  qcow2's s->lock is held if called
+ * in a coroutine.
+ * Returns 0, or a negative errno when the table inherited from the layers
+ * below cannot be read or is corrupt, or the header cannot be written.
+ */
+int GRAPH_RDLOCK sqcow2_init_l2_slice(BlockDriverState *bs, int l1_index,
+                                      unsigned slice, uint64_t *l2_slice);
+
+/*
+ * qcow2-refcount.c: count the clusters of our tables in @refcount_table, as
+ * qcow2_inc_refcounts_imrt() does, and check them.
+ * Returns 0 (also for findings, which go to @res) or a negative errno.
+ */
+int coroutine_fn GRAPH_RDLOCK
+sqcow2_count_refcounts(BlockDriverState *bs, BdrvCheckResult *res,
+                       void **refcount_table, int64_t *nb_clusters);
+
+#endif /* BLOCK_SQCOW2_H */
