@@ -110,10 +110,20 @@ static bool load_index(BlockDriverState *bs)
     return true;
 }
 
+void sqcow2_renew_cache(BlockDriverState *bs)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    uint64_t bytes = (uint64_t)s->view.entries * s->q.cluster_size;
+
+    sqcow2_cache_free(s->cache);
+    s->cache = sqcow2_cache_new(s->q.l2_slice_size * sizeof(uint64_t),
+                                MIN(bytes, s->cache_bytes ?:
+                                           DEFAULT_CACHE_BYTES));
+}
+
 static int make_view(BlockDriverState *bs, Error **errp)
 {
     BDRVSqcow2State *s = bs->opaque;
-    uint64_t bytes;
     int ret;
 
     if (load_index(bs)) {
@@ -126,10 +136,7 @@ static int make_view(BlockDriverState *bs, Error **errp)
         }
         s->mode = SQCOW2_MODE_REBUILT;
     }
-    bytes = (uint64_t)s->view.entries * s->q.cluster_size;
-    s->cache = sqcow2_cache_new(s->q.l2_slice_size * sizeof(uint64_t),
-                                MIN(bytes, s->cache_bytes ?:
-                                           DEFAULT_CACHE_BYTES));
+    sqcow2_renew_cache(bs);
     return 0;
 }
 
@@ -171,6 +178,7 @@ static bool flat_possible(BlockDriverState *bs, QDict *options)
 
     return bs->drv == &bdrv_sqcow2 && !flat_disabled &&
            sqcow2_has_index_bit(s) && bs->auto_backing_file[0] &&
+           !(bs->open_flags & BDRV_O_COPY_ON_READ) &&
            !has_backing_options(options) && !has_subclusters(&s->q) &&
            !(s->q.incompatible_features & QCOW2_INCOMPAT_DATA_FILE) &&
            !bs->encrypted;
@@ -222,6 +230,7 @@ int sqcow2_open_flat(BlockDriverState *bs, QDict *options, Error **errp)
         sqcow2_drop_flat(bs);
         return ret;
     }
+    sqcow2_layers_go_direct(set_bs);
     return 1;
 }
 

@@ -67,9 +67,15 @@ static int table_in_file(const Sqcow2Layer *layer, uint32_t index,
 }
 
 /* Validate every entry, so that lookups meet nothing that is not there. */
-static int check_root(BDRVSqcow2State *s, const Sqcow2View *view,
+static int check_root(BlockDriverState *bs, const Sqcow2View *view,
                       uint16_t own_layer, Error **errp)
 {
+    BDRVSqcow2State *s = bs->opaque;
+    Sqcow2Layer self = {
+        .filename = bs->filename,
+        .file_size = MAX(bdrv_getlength(bs->file->bs), 0),
+    };
+
     for (uint32_t i = 0; i < view->entries; i++) {
         Sqcow2Root root;
         int ret;
@@ -80,21 +86,23 @@ static int check_root(BDRVSqcow2State *s, const Sqcow2View *view,
                        "(%#" PRIx64 ")", i, view->root[i]);
             return -EINVAL;
         }
-        if (root.kind == SQCOW2_ROOT_IDENTITY && s->layers &&
+        if (root.kind == SQCOW2_ROOT_IDENTITY &&
             s->layers[root.layer].kind != SQCOW2_LAYER_RAW) {
             error_setg(errp, "sQcow2 root table entry %u takes layer %u for "
                        "raw", i, root.layer);
             return -EINVAL;
         }
-        if (root.kind == SQCOW2_ROOT_TABLE && s->layers &&
-            root.layer < own_layer) {
-            if (s->layers[root.layer].kind == SQCOW2_LAYER_RAW) {
+        if (root.kind == SQCOW2_ROOT_TABLE) {
+            const Sqcow2Layer *layer = root.layer < own_layer ?
+                                       &s->layers[root.layer] : &self;
+
+            if (layer->kind == SQCOW2_LAYER_RAW) {
                 error_setg(errp, "sQcow2 root table entry %u names a table "
                            "in raw layer %u", i, root.layer);
                 return -EINVAL;
             }
-            ret = table_in_file(&s->layers[root.layer], root.layer,
-                                root.host_offset, s->q.cluster_bits, errp);
+            ret = table_in_file(layer, root.layer, root.host_offset,
+                                s->q.cluster_bits, errp);
             if (ret < 0) {
                 return ret;
             }
@@ -146,7 +154,7 @@ int sqcow2_view_load(BlockDriverState *bs, const Sqcow2Record *record,
     }
     ret = view_from_bytes(raw, &record->root, view, errp);
     if (ret == 0) {
-        ret = check_root(s, view, record->layer, errp);
+        ret = check_root(bs, view, record->layer, errp);
     }
     if (ret < 0) {
         sqcow2_view_free(view);

@@ -182,6 +182,12 @@ BlockDriverState *sqcow2_layers_new(BlockDriverState *bs, Error **errp);
 void sqcow2_layers_set(BlockDriverState *set, Sqcow2Layer *layers,
                        uint32_t nb_layers);
 
+/*
+ * Use O_DIRECT from now on if the image does: after the last
+ * sqcow2_layer_pread(), which needs no alignment.
+ */
+void sqcow2_layers_go_direct(BlockDriverState *set);
+
 static inline uint64_t sqcow2_set_offset(uint16_t layer, uint64_t host_offset)
 {
     return (uint64_t)layer << SQCOW2_HOST_BITS | host_offset;
@@ -250,7 +256,8 @@ int GRAPH_RDLOCK sqcow2_invalidate_index(BlockDriverState *bs);
 void sqcow2_view_free(Sqcow2View *view);
 
 /*
- * Load and validate the root table that the record names.
+ * Load and validate the root table that the record names; s->layers holds
+ * the chain that the record is for.
  * Returns 0, or a negative errno with @errp set.
  */
 int sqcow2_view_load(BlockDriverState *bs, const Sqcow2Record *record,
@@ -277,6 +284,9 @@ uint8_t *sqcow2_read_plain_table(BlockDriverState *bs,
 
 /* sqcow2-chain.c */
 void sqcow2_drop_flat(BlockDriverState *bs);
+
+/* Start with an empty cache for the current slice size. */
+void sqcow2_renew_cache(BlockDriverState *bs);
 
 /* sqcow2-read.c */
 int coroutine_fn GRAPH_RDLOCK

@@ -15,6 +15,7 @@
  */
 #include "qemu/osdep.h"
 #include "qemu/iov.h"
+#include "qemu/memalign.h"
 #include "qapi/error.h"
 #include "qobject/qdict.h"
 #include "block/raw-aio.h"
@@ -56,6 +57,9 @@ static int read_in_thread(void *opaque)
         }
         ret = RETRY_ON_EINTR(preadv(task->fd, iov, MIN(niov, IOV_MAX),
                                     task->host_offset + done));
+        if (ret < 0 && errno == EINVAL && done) {
+            ret = 0;            /* O_DIRECT behind an unaligned end of file */
+        }
         if (ret < 0) {
             return -errno;
         }
@@ -69,6 +73,56 @@ static int read_in_thread(void *opaque)
 }
 
 static int coroutine_fn GRAPH_RDLOCK
+read_descriptor(BlockDriverState *bs, int fd, uint64_t host_offset,
+                QEMUIOVector *qiov)
+{
+    LayerSet *set = bs->opaque;
+    ReadTask task;
+
+#ifdef CONFIG_LINUX_IO_URING
+    if (set->use_io_uring &&
+        aio_setup_linux_io_uring(qemu_get_current_aio_context(), NULL)) {
+        return luring_co_submit(bs, fd, host_offset, qiov,
+                                QEMU_AIO_READ, 0);
+    }
+#endif
+#ifdef CONFIG_LINUX_AIO
+    if (set->use_linux_aio &&
+        aio_setup_linux_aio(qemu_get_current_aio_context(), NULL)) {
+        return laio_co_submit(fd, host_offset, qiov, QEMU_AIO_READ, 0,
+                              0);
+    }
+#endif
+    task = (ReadTask) {
+        .fd = fd,
+        .host_offset = host_offset,
+        .qiov = qiov,
+    };
+    return thread_pool_submit_co(read_in_thread, &task);
+}
+
+/* O_DIRECT wants aligned memory, and padding takes requests apart. */
+static int coroutine_fn GRAPH_RDLOCK
+read_bounced(BlockDriverState *bs, int fd, uint64_t host_offset,
+             QEMUIOVector *qiov)
+{
+    QEMUIOVector aligned;
+    void *buf = qemu_try_blockalign(bs, qiov->size);
+    int ret;
+
+    if (!buf) {
+        return -ENOMEM;
+    }
+    qemu_iovec_init_buf(&aligned, buf, qiov->size);
+    ret = read_descriptor(bs, fd, host_offset, &aligned);
+    if (ret >= 0) {
+        qemu_iovec_from_buf(qiov, 0, buf, qiov->size);
+    }
+    qemu_vfree(buf);
+    return ret;
+}
+
+static int coroutine_fn GRAPH_RDLOCK
 layers_co_preadv(BlockDriverState *bs, int64_t offset, int64_t bytes,
                  QEMUIOVector *qiov, BdrvRequestFlags flags)
 {
@@ -76,7 +130,6 @@ layers_co_preadv(BlockDriverState *bs, int64_t offset, int64_t bytes,
     uint32_t index = offset >> SQCOW2_HOST_BITS;
     uint64_t host_offset = offset & (SQCOW2_MAX_HOST_OFFSET - 1);
     Sqcow2Layer *layer;
-    ReadTask task;
 
     if (index >= set->nb_layers ||
         host_offset + bytes > SQCOW2_MAX_HOST_OFFSET) {
@@ -86,26 +139,10 @@ layers_co_preadv(BlockDriverState *bs, int64_t offset, int64_t bytes,
     if (layer->child) {
         return bdrv_co_preadv(layer->child, host_offset, bytes, qiov, 0);
     }
-#ifdef CONFIG_LINUX_IO_URING
-    if (set->use_io_uring &&
-        aio_setup_linux_io_uring(qemu_get_current_aio_context(), NULL)) {
-        return luring_co_submit(bs, layer->fd, host_offset, qiov,
-                                QEMU_AIO_READ, 0);
+    if (bs->open_flags & BDRV_O_NOCACHE && !bdrv_qiov_is_aligned(bs, qiov)) {
+        return read_bounced(bs, layer->fd, host_offset, qiov);
     }
-#endif
-#ifdef CONFIG_LINUX_AIO
-    if (set->use_linux_aio &&
-        aio_setup_linux_aio(qemu_get_current_aio_context(), NULL)) {
-        return laio_co_submit(layer->fd, host_offset, qiov, QEMU_AIO_READ, 0,
-                              0);
-    }
-#endif
-    task = (ReadTask) {
-        .fd = layer->fd,
-        .host_offset = host_offset,
-        .qiov = qiov,
-    };
-    return thread_pool_submit_co(read_in_thread, &task);
+    return read_descriptor(bs, layer->fd, host_offset, qiov);
 }
 
 static int64_t coroutine_fn layers_co_getlength(BlockDriverState *bs)
@@ -196,9 +233,15 @@ void sqcow2_layers_set(BlockDriverState *set_bs, Sqcow2Layer *layers,
 
     set->layers = layers;
     set->nb_layers = nb_layers;
+}
+
+void sqcow2_layers_go_direct(BlockDriverState *set_bs)
+{
+    LayerSet *set = set_bs->opaque;
+
     if (set_bs->open_flags & BDRV_O_NOCACHE) {
-        for (uint32_t i = 0; i < nb_layers; i++) {
-            int fd = layers[i].fd;
+        for (uint32_t i = 0; i < set->nb_layers; i++) {
+            int fd = set->layers[i].fd;
 
             /* Where it does not take, reads work all the same */
             if (fd >= 0) {

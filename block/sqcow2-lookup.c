@@ -204,6 +204,15 @@ load_descriptor(BlockDriverState *bs, uint64_t guest_offset,
     return 0;
 }
 
+/* A raw layer has data alone; in other files offset 0 holds the header. */
+static bool owner_fits(const Sqcow2Layer *owner, const Sqcow2Cluster *cluster)
+{
+    if (cluster->kind != SQCOW2_DATA) {
+        return owner->kind != SQCOW2_LAYER_RAW;
+    }
+    return owner->kind == SQCOW2_LAYER_RAW || cluster->host_offset;
+}
+
 /* Turn the cluster at @guest_offset, and those like it, into an extent. */
 static int GRAPH_RDLOCK
 make_extent(Lookup *l, uint64_t guest_offset, uint64_t run_bytes,
@@ -225,6 +234,11 @@ make_extent(Lookup *l, uint64_t guest_offset, uint64_t run_bytes,
         return corrupt(l->bs, "Layer %u owns guest offset %#" PRIx64
                        " but is not below layer %u", cluster->owner,
                        guest_offset, s->layer);
+    }
+    if (!owner_fits(&s->layers[cluster->owner], cluster)) {
+        return corrupt(l->bs, "Guest offset %#" PRIx64 " is not where the "
+                       "index says in layer %u '%s'", guest_offset,
+                       cluster->owner, layer_name(s, cluster->owner));
     }
     /* S9 */
     if (guest_offset >= s->layers[cluster->owner].clip) {

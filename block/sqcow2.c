@@ -99,6 +99,16 @@ static void GRAPH_UNLOCKED sqcow2_close(BlockDriverState *bs)
     bdrv_qcow2.bdrv_close(bs);
 }
 
+static void sqcow2_reopen_commit(BDRVReopenState *state)
+{
+    BDRVSqcow2State *s = state->bs->opaque;
+
+    bdrv_qcow2.bdrv_reopen_commit(state);
+    if (s->mode != SQCOW2_MODE_OFF) {
+        sqcow2_renew_cache(state->bs);      /* for a new slice size */
+    }
+}
+
 static void GRAPH_RDLOCK
 sqcow2_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
                   BlockReopenQueue *queue, uint64_t perm, uint64_t shared,
@@ -321,6 +331,7 @@ static void bdrv_sqcow2_init(void)
     bdrv_sqcow2.bdrv_probe = sqcow2_probe;
     bdrv_sqcow2.bdrv_open = sqcow2_open;
     bdrv_sqcow2.bdrv_close = sqcow2_close;
+    bdrv_sqcow2.bdrv_reopen_commit = sqcow2_reopen_commit;
     bdrv_sqcow2.bdrv_child_perm = sqcow2_child_perm;
     bdrv_sqcow2.bdrv_co_create = sqcow2_co_create;
     bdrv_sqcow2.bdrv_co_create_opts = sqcow2_co_create_opts;
