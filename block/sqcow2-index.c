@@ -54,12 +54,12 @@ static int table_in_file(const Sqcow2Layer *layer, uint32_t index,
 {
     if (host_offset & ((1ULL << cluster_bits) - 1)) {
         error_setg(errp, "Layer %u, '%s', has an L2 table at the unaligned "
-                   "offset %#" PRIx64, index, layer->filename, host_offset);
+                   "offset 0x%" PRIx64, index, layer->filename, host_offset);
         return -EINVAL;
     }
     if (host_offset + (1ULL << cluster_bits) > layer->file_size) {
         error_setg(errp, "Layer %u, '%s', is truncated: its L2 table at "
-                   "offset %#" PRIx64 " lies behind the end of the file; "
+                   "offset 0x%" PRIx64 " lies behind the end of the file; "
                    "restore the file", index, layer->filename, host_offset);
         return -EINVAL;
     }
@@ -71,7 +71,7 @@ static int check_root(BlockDriverState *bs, const Sqcow2View *view,
                       uint16_t own_layer, Error **errp)
 {
     BDRVSqcow2State *s = bs->opaque;
-    Sqcow2Layer self = {
+    const Sqcow2Layer self = {
         .filename = bs->filename,
         .file_size = MAX(bdrv_getlength(bs->file->bs), 0),
     };
@@ -83,7 +83,7 @@ static int check_root(BlockDriverState *bs, const Sqcow2View *view,
         if (sqcow2_decode_root(view->root[i], own_layer, s->q.cluster_bits,
                                &root) < 0) {
             error_setg(errp, "sQcow2 root table entry %u is invalid "
-                       "(%#" PRIx64 ")", i, view->root[i]);
+                       "(0x%" PRIx64 ")", i, view->root[i]);
             return -EINVAL;
         }
         if (root.kind == SQCOW2_ROOT_IDENTITY &&
@@ -132,7 +132,6 @@ static int view_from_bytes(uint64_t *raw, const Sqcow2TableRef *ref,
 int sqcow2_view_load(BlockDriverState *bs, const Sqcow2Record *record,
                      Sqcow2View *view, Error **errp)
 {
-    BDRVSqcow2State *s = bs->opaque;
     uint64_t bytes = (uint64_t)record->root.entries * SQCOW2_ROOT_SIZE;
     uint64_t *raw;
     int ret;
@@ -299,7 +298,7 @@ static int merge_table(Builder *b, uint32_t index, uint64_t i,
             sqcow2_inherit_entry(entry, index, host_offset, b->cluster_bits,
                                  &entry) < 0) {
             error_setg(errp, "Layer %u, '%s', has an invalid L2 entry for "
-                       "guest offset %#" PRIx64 "; run 'qemu-img check' on it",
+                       "guest offset 0x%" PRIx64 "; run 'qemu-img check' on it",
                        index, layer->filename, guest_offset);
             return -EINVAL;
         }

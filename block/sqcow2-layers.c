@@ -101,6 +101,18 @@ read_descriptor(BlockDriverState *bs, int fd, uint64_t host_offset,
     return thread_pool_submit_co(read_in_thread, &task);
 }
 
+/* For O_DIRECT */
+static bool is_aligned(const QEMUIOVector *qiov)
+{
+    for (int i = 0; i < qiov->niov; i++) {
+        if ((uintptr_t)qiov->iov[i].iov_base % DIRECT_ALIGNMENT ||
+            qiov->iov[i].iov_len % DIRECT_ALIGNMENT) {
+            return false;
+        }
+    }
+    return true;
+}
+
 /* O_DIRECT wants aligned memory, and padding takes requests apart. */
 static int coroutine_fn GRAPH_RDLOCK
 read_bounced(BlockDriverState *bs, int fd, uint64_t host_offset,
@@ -122,6 +134,19 @@ read_bounced(BlockDriverState *bs, int fd, uint64_t host_offset,
     return ret;
 }
 
+static bool is_aligned(BlockDriverState *bs, const QEMUIOVector *qiov)
+{
+    for (int i = 0; i < qiov->niov; i++) {
+        if (!QEMU_PTR_IS_ALIGNED(qiov->iov[i].iov_base,
+                                 bs->bl.min_mem_alignment) ||
+            !QEMU_IS_ALIGNED(qiov->iov[i].iov_len,
+                             bs->bl.request_alignment)) {
+            return false;
+        }
+    }
+    return true;
+}
+
 static int coroutine_fn GRAPH_RDLOCK
 layers_co_preadv(BlockDriverState *bs, int64_t offset, int64_t bytes,
                  QEMUIOVector *qiov, BdrvRequestFlags flags)
@@ -139,7 +164,7 @@ layers_co_preadv(BlockDriverState *bs, int64_t offset, int64_t bytes,
     if (layer->child) {
         return bdrv_co_preadv(layer->child, host_offset, bytes, qiov, 0);
     }
-    if (bs->open_flags & BDRV_O_NOCACHE && !bdrv_qiov_is_aligned(bs, qiov)) {
+    if (bs->open_flags & BDRV_O_NOCACHE && !is_aligned(qiov)) {
         return read_bounced(bs, layer->fd, host_offset, qiov);
     }
     return read_descriptor(bs, layer->fd, host_offset, qiov);
