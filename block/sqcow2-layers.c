@@ -134,19 +134,6 @@ read_bounced(BlockDriverState *bs, int fd, uint64_t host_offset,
     return ret;
 }
 
-static bool is_aligned(BlockDriverState *bs, const QEMUIOVector *qiov)
-{
-    for (int i = 0; i < qiov->niov; i++) {
-        if (!QEMU_PTR_IS_ALIGNED(qiov->iov[i].iov_base,
-                                 bs->bl.min_mem_alignment) ||
-            !QEMU_IS_ALIGNED(qiov->iov[i].iov_len,
-                             bs->bl.request_alignment)) {
-            return false;
-        }
-    }
-    return true;
-}
-
 static int coroutine_fn GRAPH_RDLOCK
 layers_co_preadv(BlockDriverState *bs, int64_t offset, int64_t bytes,
                  QEMUIOVector *qiov, BdrvRequestFlags flags)
