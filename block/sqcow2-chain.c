@@ -44,7 +44,8 @@ static bool has_backing_options(QDict *options)
 {
     for (const QDictEntry *e = qdict_first(options); e;
          e = qdict_next(options, e)) {
-        if (!strcmp(e->key, "backing") || g_str_has_prefix(e->key, "backing.")) {
+        if (!strcmp(e->key, "backing") ||
+            g_str_has_prefix(e->key, "backing.")) {
             return true;
         }
     }

@@ -51,10 +51,10 @@ static bool get_record(BDRVSqcow2State *s, Sqcow2Record *rec,
     return false;
 }
 
-/* Read a table; NULL, with a finding, if it cannot be read or is damaged. */
-static uint8_t * coroutine_fn GRAPH_RDLOCK
+/* Read a table into *@table, or note why that fails and return an errno. */
+static int coroutine_fn GRAPH_RDLOCK
 read_table(BlockDriverState *bs, const Sqcow2TableRef *ref, size_t entry_size,
-           const char *name, BdrvCheckResult *res)
+           const char *name, BdrvCheckResult *res, uint8_t **table)
 {
     uint64_t bytes = (uint64_t)ref->entries * entry_size;
     uint8_t *buf = g_try_malloc(bytes);
@@ -68,10 +68,11 @@ read_table(BlockDriverState *bs, const Sqcow2TableRef *ref, size_t entry_size,
     } else if (crc32c(0xffffffff, buf, bytes) != ref->crc) {
         finding(res, "sQcow2 %s table has a wrong checksum (S2)", name);
     } else {
-        return buf;
+        *table = buf;
+        return 0;
     }
     g_free(buf);
-    return NULL;
+    return -EINVAL;
 }
 
 static int coroutine_fn GRAPH_RDLOCK
@@ -80,17 +81,19 @@ count_merged_tables(BlockDriverState *bs, const Sqcow2Record *rec,
                     int64_t *nb_clusters)
 {
     BDRVSqcow2State *s = bs->opaque;
-    g_autofree uint8_t *raw = read_table(bs, &rec->root, SQCOW2_ROOT_SIZE,
-                                         "root", res);
+    g_autofree uint8_t *raw = NULL;
 
-    for (uint32_t i = 0; raw && i < rec->root.entries; i++) {
+    if (read_table(bs, &rec->root, SQCOW2_ROOT_SIZE, "root", res, &raw) < 0) {
+        return 0;
+    }
+    for (uint32_t i = 0; i < rec->root.entries; i++) {
         uint64_t entry = ldq_be_p(raw + i * SQCOW2_ROOT_SIZE);
         Sqcow2Root root;
         int ret;
 
         if (sqcow2_decode_root(entry, rec->layer, s->q.cluster_bits,
                                &root) < 0) {
-            finding(res, "sQcow2 root table entry %u is invalid: %#" PRIx64
+            finding(res, "sQcow2 root table entry %u is invalid: 0x%" PRIx64
                     " (S4)", i, entry);
             continue;
         }
@@ -117,7 +120,7 @@ static void check_foreign_table(BDRVSqcow2State *s, const Sqcow2Record *rec,
         if (sqcow2_entry_is_foreign(entry) &&
             sqcow2_decode_entry(entry, rec->layer, s->q.cluster_bits,
                                 &cluster) < 0) {
-            finding(res, "foreign L2 entry %#" PRIx64 " is invalid (L1 index "
+            finding(res, "foreign L2 entry 0x%" PRIx64 " is invalid (L1 index "
                     "%u, L2 index %d) (S6)", entry, l1_index, j);
         }
     }

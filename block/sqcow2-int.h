@@ -35,7 +35,7 @@ typedef struct Sqcow2Layer {
     int fd;                     /* -1: read through @child */
     BdrvChild *child;           /* of the layer set; NULL if @fd is used */
     uint64_t virtual_size;      /* bytes */
-    uint64_t clip;              /* S9: bytes of it that are visible from above */
+    uint64_t clip;              /* S9: bytes visible through the layers above */
     uint64_t file_size;         /* bytes; block devices: the device's */
     uint64_t l1_host_offset;
     uint32_t l1_entries;
@@ -63,10 +63,15 @@ typedef struct Sqcow2View {
 } Sqcow2View;
 
 typedef enum Sqcow2Mode {
-    SQCOW2_MODE_OFF,            /* as qcow2: backing node or none */
-    SQCOW2_MODE_INDEXED,        /* flat; S7 and S8 hold */
-    SQCOW2_MODE_REBUILT,        /* flat; @view was built in memory, and 0 and
-                                 * foreign entries of own tables mean "below" */
+    /* As qcow2: backing node or none */
+    SQCOW2_MODE_OFF,
+    /* Flat; S7 and S8 hold */
+    SQCOW2_MODE_INDEXED,
+    /*
+     * Flat; @view was built in memory, and 0 and foreign entries of own
+     * tables mean "ask the layer below"
+     */
+    SQCOW2_MODE_REBUILT,
 } Sqcow2Mode;
 
 extern BlockDriver bdrv_sqcow2;
@@ -89,18 +94,17 @@ typedef struct BDRVSqcow2State {
     /* Changed under q.lock, or in the main thread while drained */
     bool has_record;
     Sqcow2Record record;        /* as in the file */
-    bool changed;               /* S3 is done for this session; only ever set
-                                 * to true, so it may be read without lock */
+    bool changed;               /* S3 is done; fast path reads it unlocked */
 } BDRVSqcow2State;
 
 /* What one lookup tells */
 typedef struct Sqcow2Extent {
     Sqcow2ClusterKind kind;
     uint16_t owner;
-    uint64_t host_offset;       /* DATA: of the first byte; COMPRESSED: the
-                                 * descriptor, as qcow2 stores it */
-    uint64_t bytes;             /* of the same kind and owner; for DATA they
-                                 * are adjacent in the owner's file */
+    /* DATA: of the first byte; COMPRESSED: the descriptor, as qcow2 stores it */
+    uint64_t host_offset;
+    /* Of the same kind and owner; DATA: and adjacent in the owner's file */
+    uint64_t bytes;
 } Sqcow2Extent;
 
 static inline bool sqcow2_has_index_bit(BDRVSqcow2State *s)

@@ -100,7 +100,7 @@ static int GRAPH_RDLOCK load_below(BlockDriverState *bs, uint64_t l1_index,
         return 0;
     }
     if (sqcow2_decode_root(entry, s->layer, s->q.cluster_bits, &root) < 0) {
-        return corrupt(bs, "Root table entry %#" PRIx64 " is invalid", entry);
+        return corrupt(bs, "Root table entry 0x%" PRIx64 " is invalid", entry);
     }
     below->layer = root.layer;
     below->identity = root.kind == SQCOW2_ROOT_IDENTITY;
@@ -231,12 +231,12 @@ make_extent(Lookup *l, uint64_t guest_offset, uint64_t run_bytes,
         return 0;
     }
     if (cluster->owner > s->layer) {
-        return corrupt(l->bs, "Layer %u owns guest offset %#" PRIx64
+        return corrupt(l->bs, "Layer %u owns guest offset 0x%" PRIx64
                        " but is not below layer %u", cluster->owner,
                        guest_offset, s->layer);
     }
     if (!owner_fits(&s->layers[cluster->owner], cluster)) {
-        return corrupt(l->bs, "Guest offset %#" PRIx64 " is not where the "
+        return corrupt(l->bs, "Guest offset 0x%" PRIx64 " is not where the "
                        "index says in layer %u '%s'", guest_offset,
                        cluster->owner, layer_name(s, cluster->owner));
     }
@@ -291,7 +291,7 @@ static int GRAPH_RDLOCK find_run(Lookup *l, uint64_t guest_offset,
                        extent);
 
 invalid:
-    return corrupt(l->bs, "Invalid L2 entry for guest offset %#" PRIx64
+    return corrupt(l->bs, "Invalid L2 entry for guest offset 0x%" PRIx64
                    " (table of layer %u '%s')", guest_offset,
                    l->own_slice ? l->s->layer : l->below.layer,
                    layer_name(l->s, l->own_slice ? l->s->layer
@@ -313,8 +313,8 @@ static int GRAPH_RDLOCK load_own(BlockDriverState *bs, uint64_t l1_index,
         return 0;
     }
     if (offset_into_cluster(&s->q, l2_offset)) {
-        return corrupt(bs, "L2 table offset %#" PRIx64 " unaligned (L1 index: "
-                       "%#" PRIx64 ")", l2_offset, l1_index);
+        return corrupt(bs, "L2 table offset 0x%" PRIx64 " unaligned (L1 index: "
+                       "0x%" PRIx64 ")", l2_offset, l1_index);
     }
     return qcow2_cache_get(bs, s->q.l2_table_cache, l2_offset +
                            slice * s->q.l2_slice_size * sizeof(uint64_t),
@@ -368,7 +368,7 @@ int sqcow2_inherit_slice(BlockDriverState *bs, int l1_index, unsigned slice,
 
         ret = decode_below(s, &below, i, offset, &cluster);
         if (ret < 0) {
-            return corrupt(bs, "Invalid L2 entry for guest offset %#" PRIx64
+            return corrupt(bs, "Invalid L2 entry for guest offset 0x%" PRIx64
                            " in layer %u '%s'", offset, below.layer,
                            layer_name(s, below.layer));
         }

@@ -506,8 +506,7 @@ int sqcow2_describe_plain(const Sqcow2Layer *layer, Sqcow2Plain *plain,
     if (layer->kind == SQCOW2_LAYER_RAW) {
         return 0;
     }
-    /* The time first: a change during our reading shows in what is read or
-     * makes a later time. */
+    /* The time first: a change during our reading makes a later one */
     plain->mtime_ns = layer->fd < 0 ? 0 : settled_mtime(layer->fd);
     return crc_of_header_and_l1(layer, &plain->crc, errp);
 }

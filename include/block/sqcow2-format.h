@@ -27,9 +27,9 @@
 #define SQCOW2_HOST_BITS        46
 #define SQCOW2_MAX_HOST_OFFSET  (1ULL << SQCOW2_HOST_BITS)
 
-/* The root table has an entry for each qcow2 L1 entry, whose table is 32 MiB
- * at most; the plain-layer table has one for each layer below. */
+/* One root entry for each entry that qcow2 allows in an L1 table (32 MiB) */
 #define SQCOW2_MAX_ROOT_ENTRIES (32 * 1024 * 1024 / 8)
+/* One plain-layer entry for each layer below */
 #define SQCOW2_MAX_PLAIN_ENTRIES (SQCOW2_MAX_LAYERS - 1)
 
 #define SQCOW2_STAMP_SIZE       16
