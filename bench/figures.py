@@ -24,19 +24,19 @@ class Scale:
 
     layers: int = 1000
     size: int = GIB
-    rounds: int = 11
-    reads: int = 40000
+    rounds: int = 31
+    reads: int = 20000
     creates: int = 31
     opens: int = 31
     memory_rounds: int = 7
-    counted_reads: int = 2000
+    counted_reads: int = 10000
     writes: int = 20000
     long_chain: int = 10000
     aios: tuple[str, ...] = ('threads', 'io_uring')
 
 
-QUICK = Scale(rounds=5, reads=10000, creates=11, opens=11, memory_rounds=3, counted_reads=1000,
-              writes=8000, long_chain=0)
+QUICK = Scale(rounds=11, reads=8000, creates=15, opens=15, memory_rounds=3, counted_reads=4000,
+              writes=5000, long_chain=0)
 
 
 class Bench:
@@ -122,7 +122,7 @@ class Bench:
             self.say('neither perf nor valgrind can count instructions here: left out')
             return
         deep, one, reference = self._names(f'{self.subject} 1', 'qcow2 1')
-        counts = interleave(2, *(
+        counts = interleave(3, *(
             lambda image=image: measure.instructions_per_read(
                 self.tools, image, self.scale.size, counter, self.scale.counted_reads)
             for image in (self.deep, self.short, self.reference)))
@@ -209,7 +209,7 @@ class Bench:
         """Writes into a fresh snapshot of the long chain, and of qcow2's chain of one."""
         scale = self.scale
         deep, reference = self._names('qcow2 1')
-        mebibytes = min(512, scale.size >> 20)
+        mebibytes = min(256, scale.size >> 20)
         kinds: list[tuple[str, str, Callable[[Image], float]]] = [
             ('random-4k', '4 KiB random writes/s',
              lambda image: measure.random_io(self.tools, image, scale.size, scale.writes,
