@@ -75,6 +75,29 @@ static int sqcow2_open(BlockDriverState *bs, QDict *options, int flags,
     return 0;
 }
 
+/*
+ * The session is over once qcow2's caches are on disk.  Whoever writes next
+ * takes a new stamp.
+ */
+static int GRAPH_UNLOCKED end_session(BlockDriverState *bs)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    int ret;
+
+    if (!s->changed) {
+        return 0;
+    }
+    bdrv_graph_rdlock_main_loop();
+    ret = qcow2_flush_caches(bs);
+    if (ret == 0) {
+        s->record.flags &= ~SQCOW2_FLAG_WRITING;
+        ret = sqcow2_record_write(bs);
+        s->changed = false;
+    }
+    bdrv_graph_rdunlock_main_loop();
+    return ret;
+}
+
 static void GRAPH_UNLOCKED sqcow2_close(BlockDriverState *bs)
 {
     BDRVSqcow2State *s = bs->opaque;
@@ -87,16 +110,27 @@ static void GRAPH_UNLOCKED sqcow2_close(BlockDriverState *bs)
     s->distrust = NULL;
     s->mode = SQCOW2_MODE_OFF;
 
-    /* The session is over once qcow2's caches are on disk */
-    if (s->changed && !inactive) {
-        bdrv_graph_rdlock_main_loop();
-        if (qcow2_flush_caches(bs) == 0) {
-            s->record.flags &= ~SQCOW2_FLAG_WRITING;
-            sqcow2_record_write(bs);
-        }
-        bdrv_graph_rdunlock_main_loop();
+    if (!inactive) {
+        end_session(bs);
     }
     bdrv_qcow2.bdrv_close(bs);
+}
+
+static int GRAPH_UNLOCKED
+sqcow2_reopen_prepare(BDRVReopenState *state, BlockReopenQueue *queue,
+                      Error **errp)
+{
+    int ret = bdrv_qcow2.bdrv_reopen_prepare(state, queue, errp);
+
+    /* A node that becomes read-only can close its session only now */
+    if (ret == 0 && !(state->flags & BDRV_O_RDWR)) {
+        ret = end_session(state->bs);
+        if (ret < 0) {
+            error_setg_errno(errp, -ret, "Could not update the sQcow2 header");
+            bdrv_qcow2.bdrv_reopen_abort(state);
+        }
+    }
+    return ret;
 }
 
 static void sqcow2_reopen_commit(BDRVReopenState *state)
@@ -331,6 +365,7 @@ static void bdrv_sqcow2_init(void)
     bdrv_sqcow2.bdrv_probe = sqcow2_probe;
     bdrv_sqcow2.bdrv_open = sqcow2_open;
     bdrv_sqcow2.bdrv_close = sqcow2_close;
+    bdrv_sqcow2.bdrv_reopen_prepare = sqcow2_reopen_prepare;
     bdrv_sqcow2.bdrv_reopen_commit = sqcow2_reopen_commit;
     bdrv_sqcow2.bdrv_child_perm = sqcow2_child_perm;
     bdrv_sqcow2.bdrv_co_create = sqcow2_co_create;
