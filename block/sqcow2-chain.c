@@ -71,7 +71,6 @@ static int walk(BlockDriverState *bs, BlockDriverState *set_bs,
         .backing = bs->auto_backing_file,
         .backing_fmt = bs->backing_format,
         .cluster_bits = s->q.cluster_bits,
-        .compression_type = s->q.compression_type,
         .locking = locking_wanted(bs),
         .set = set_bs,
     };

@@ -19,6 +19,7 @@
 #include "qemu/osdep.h"
 #include "qemu/bswap.h"
 #include "qemu/crc32c.h"
+#include "qemu/qemu-progress.h"
 #include "qapi/error.h"
 #include "sqcow2-int.h"
 
@@ -39,6 +40,25 @@ typedef struct Builder {
     Region *regions;
     uint64_t nb_regions;
 } Builder;
+
+static bool show_progress;      /* set once by qemu-img, before any other call */
+
+void sqcow2_show_progress(void)
+{
+    show_progress = true;
+    qemu_progress_init(true, 1.f);
+}
+
+/* @done of the 2 * b->nb_layers steps of a build */
+static void progress(const Builder *b, uint32_t done)
+{
+    if (show_progress) {
+        qemu_progress_print(50.f * done / b->nb_layers, 0);
+        if (done == 2 * b->nb_layers) {
+            qemu_progress_end();
+        }
+    }
+}
 
 void sqcow2_view_free(Sqcow2View *view)
 {
@@ -428,9 +448,11 @@ int sqcow2_view_build(const Sqcow2Layer *layers, uint32_t nb_layers,
     }
     for (uint32_t i = nb_layers; ret == 0 && i-- > 0; ) {
         ret = count_tables(&b, i, errp);
+        progress(&b, nb_layers - i);
     }
     for (uint32_t i = nb_layers; ret == 0 && i-- > 0; ) {
         ret = merge_layer(&b, i, buf, errp);
+        progress(&b, 2 * nb_layers - i);
     }
     if (ret == 0) {
         finish_view(&b, view);
@@ -669,7 +691,6 @@ static int GRAPH_RDLOCK index_lower(BlockDriverState *bs, Sqcow2View *view,
         .backing = bs->auto_backing_file,
         .backing_fmt = bs->backing_format,
         .cluster_bits = s->q.cluster_bits,
-        .compression_type = s->q.compression_type,
         .one_hop = true,
         .locking = qemu_has_ofd_lock(),
     };

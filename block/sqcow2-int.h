@@ -39,6 +39,7 @@ typedef struct Sqcow2Layer {
     uint64_t file_size;         /* bytes; block devices: the device's */
     uint64_t l1_host_offset;
     uint32_t l1_entries;
+    Qcow2CompressionType compression_type;
     char *filename;             /* full name, for opening and for messages */
 } Sqcow2Layer;
 
@@ -139,7 +140,6 @@ typedef struct Sqcow2WalkOptions {
     const char *backing;
     const char *backing_fmt;
     int cluster_bits;           /* of the active image */
-    uint8_t compression_type;   /* of the active image */
     const Sqcow2Record *record; /* what to verify against, or NULL */
     const uint8_t *plain_table; /* encoded, of the active image, or NULL */
     bool one_hop;

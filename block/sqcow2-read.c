@@ -55,8 +55,9 @@ read_compressed(const ReadExtent *r)
     if (ret < 0) {
         goto out;
     }
-    if (qcow2_co_decompress(r->bs, cluster, s->q.cluster_size, compressed,
-                            csize) < 0) {
+    if (qcow2_co_decompress_type(r->bs, s->layers[e->owner].compression_type,
+                                 cluster, s->q.cluster_size, compressed,
+                                 csize) < 0) {
         ret = -EIO;
         goto out;
     }

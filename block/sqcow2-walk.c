@@ -49,7 +49,6 @@ enum {
 /* What the header of one layer says */
 typedef struct LayerHeader {
     int cluster_bits;
-    uint8_t compression_type;
     bool has_record;
     Sqcow2Record record;
     char backing[1024];         /* empty: none */
@@ -293,6 +292,21 @@ static int parse_extensions(const uint8_t *buf, uint64_t pos, uint64_t end,
     return -EINVAL;
 }
 
+/* The type is one that we have, and the feature bit says whether it is zlib. */
+static bool compression_fits(Qcow2CompressionType type, uint64_t features)
+{
+    switch (type) {
+    case QCOW2_COMPRESSION_TYPE_ZLIB:
+        return !(features & QCOW2_INCOMPAT_COMPRESSION);
+#ifdef CONFIG_ZSTD
+    case QCOW2_COMPRESSION_TYPE_ZSTD:
+        return features & QCOW2_INCOMPAT_COMPRESSION;
+#endif
+    default:
+        return false;
+    }
+}
+
 /*
  * Check the fixed header fields in @buf (the first HEADER_READ_BYTES of the
  * file) as qcow2 does, as far as reading the tables depends on them.
@@ -333,7 +347,11 @@ static int parse_fixed_header(const uint8_t *buf, Sqcow2Layer *layer,
         return -ENOTSUP;
     }
     if (*header_bytes > offsetof(QCowHeader, compression_type)) {
-        hdr->compression_type = h->compression_type;
+        layer->compression_type = h->compression_type;
+    }
+    if (!compression_fits(layer->compression_type, *features)) {
+        error_setg(errp, "has an unknown compression type");
+        return -ENOTSUP;
     }
     return 0;
 }
@@ -417,10 +435,6 @@ static int parse_layer(Walk *w, Sqcow2Layer *layer, const char *fmt,
         }
         if (hdr->cluster_bits != w->opts->cluster_bits) {
             error_setg(errp, "has another cluster size");
-            return -ENOTSUP;
-        }
-        if (hdr->compression_type != w->opts->compression_type) {
-            error_setg(errp, "has another compression type");
             return -ENOTSUP;
         }
     } else if (!strcmp(fmt, "raw")) {

@@ -34,6 +34,9 @@ bool sqcow2_is_flat(BlockDriverState *bs);
  */
 void sqcow2_disable_flat(void);
 
+/* Let qemu-img show the progress of a merge of tables; main thread. */
+void sqcow2_show_progress(void);
+
 /*
  * Replace the flat state of @bs, and of every node below it, by backing
  * nodes, for jobs that work on them.  Main thread, no graph lock held.
