@@ -134,6 +134,6 @@ void sqcow2_cache_add(Sqcow2Cache *c, uint64_t key, uint64_t *slice)
     slot->key = key;
     slot->next = *bucket;
     slot->cached = true;
-    slot->used = true;
+    slot->used = false;         /* one read does not make it a favourite */
     *bucket = c->hand;
 }

@@ -153,7 +153,15 @@ void sqcow2_chain_free(Sqcow2Chain *chain);
 void sqcow2_layers_free(Sqcow2Layer *layers, uint32_t nb_layers);
 
 /* Set every layer's clip (S9) from the virtual sizes. */
-void sqcow2_set_clips(Sqcow2Layer *layers, uint32_t nb_layers);
+static inline void sqcow2_set_clips(Sqcow2Layer *layers, uint32_t nb_layers)
+{
+    uint64_t clip = UINT64_MAX;
+
+    for (uint32_t i = nb_layers; i-- > 0; ) {
+        clip = MIN(clip, layers[i].virtual_size);
+        layers[i].clip = clip;
+    }
+}
 
 /*
  * Read @bytes at @host_offset of one layer's file, zeros behind its end.

@@ -657,16 +657,6 @@ void sqcow2_chain_free(Sqcow2Chain *chain)
     *chain = (Sqcow2Chain) {};
 }
 
-void sqcow2_set_clips(Sqcow2Layer *layers, uint32_t nb_layers)
-{
-    uint64_t clip = UINT64_MAX;
-
-    for (uint32_t i = nb_layers; i-- > 0; ) {
-        clip = MIN(clip, layers[i].virtual_size);
-        layers[i].clip = clip;
-    }
-}
-
 /*
  * One hop: open the layer that @backing in the header of @above names.  On
  * success it is appended and @hdr holds its own link.
