@@ -64,7 +64,7 @@ static int walk(BlockDriverState *bs, BlockDriverState *set_bs,
                 Sqcow2Chain *chain, Error **errp)
 {
     BDRVSqcow2State *s = bs->opaque;
-    g_autofree uint8_t *plain_table = NULL;
+    g_autofree uint8_t *layer_table = NULL;
     bool valid = s->has_record && s->record.flags & SQCOW2_FLAG_INDEX_VALID;
     Sqcow2WalkOptions opts = {
         .filename = bs->filename,
@@ -76,9 +76,9 @@ static int walk(BlockDriverState *bs, BlockDriverState *set_bs,
     };
 
     if (valid) {
-        plain_table = sqcow2_read_plain_table(bs, &s->record, NULL);
+        layer_table = sqcow2_read_layer_table(bs, &s->record, NULL);
         opts.record = &s->record;
-        opts.plain_table = plain_table;
+        opts.layer_table = layer_table;
     }
     return sqcow2_walk(&opts, chain, errp);
 }
@@ -121,7 +121,25 @@ void sqcow2_renew_cache(BlockDriverState *bs)
                                            DEFAULT_CACHE_BYTES));
 }
 
-static int make_view(BlockDriverState *bs, Error **errp)
+/*
+ * An image that was made without an index, as over a disk in use, gets one
+ * when it is first opened for writing.  One whose index does not fit keeps
+ * it until a repair is asked for.
+ */
+static void GRAPH_RDLOCK store_first_index(BlockDriverState *bs)
+{
+    BDRVSqcow2State *s = bs->opaque;
+
+    if (s->mode == SQCOW2_MODE_REBUILT && s->has_record &&
+        !(s->record.flags & SQCOW2_FLAG_INDEX_VALID) &&
+        bdrv_is_writable(bs) &&
+        !(bs->open_flags & (BDRV_O_INACTIVE | BDRV_O_CHECK))) {
+        /* On failure the view in memory serves */
+        sqcow2_index_store(bs, NULL);
+    }
+}
+
+static int GRAPH_RDLOCK make_view(BlockDriverState *bs, Error **errp)
 {
     BDRVSqcow2State *s = bs->opaque;
     int ret;
@@ -137,6 +155,7 @@ static int make_view(BlockDriverState *bs, Error **errp)
         s->mode = SQCOW2_MODE_REBUILT;
     }
     sqcow2_renew_cache(bs);
+    store_first_index(bs);
     return 0;
 }
 

@@ -174,9 +174,9 @@ int coroutine_fn sqcow2_count_refcounts(BlockDriverState *bs,
                                    SQCOW2_ROOT_SIZE);
     if (ret == 0) {
         ret = qcow2_inc_refcounts_imrt(bs, res, refcount_table, nb_clusters,
-                                       rec.plain.host_offset,
-                                       (uint64_t)rec.plain.entries *
-                                       SQCOW2_PLAIN_SIZE);
+                                       rec.layer_table.host_offset,
+                                       (uint64_t)rec.layer_table.entries *
+                                       SQCOW2_DESC_SIZE);
     }
     if (ret == 0 && rec.root.entries) {
         ret = count_merged_tables(bs, &rec, res, refcount_table, nb_clusters);

@@ -22,7 +22,7 @@ enum {
     REC_STAMP       = 8,
     REC_BELOW_STAMP = 24,
     REC_ROOT        = 40,
-    REC_PLAIN       = 56,
+    REC_LAYER_TABLE       = 56,
     REC_REDIRECT    = 72,
     REC_BELOW_KIND  = 88,
     REC_RESERVED    = 89,
@@ -93,7 +93,7 @@ void sqcow2_encode_record(const Sqcow2Record *rec, uint8_t *buf)
     memcpy(buf + REC_STAMP, rec->stamp, SQCOW2_STAMP_SIZE);
     memcpy(buf + REC_BELOW_STAMP, rec->below_stamp, SQCOW2_STAMP_SIZE);
     encode_table_ref(&rec->root, buf + REC_ROOT);
-    encode_table_ref(&rec->plain, buf + REC_PLAIN);
+    encode_table_ref(&rec->layer_table, buf + REC_LAYER_TABLE);
     encode_table_ref(&rec->redirect, buf + REC_REDIRECT);
     buf[REC_BELOW_KIND] = rec->below_kind;
     stl_be_p(buf + REC_CRC, crc_of(buf, REC_CRC));
@@ -140,15 +140,16 @@ int sqcow2_decode_record(const uint8_t *buf, size_t len, int cluster_bits,
     if (ret < 0) {
         return ret;
     }
-    ret = decode_table_ref(buf + REC_PLAIN, "plain-layer",
-                           SQCOW2_MAX_PLAIN_ENTRIES, SQCOW2_PLAIN_SIZE,
-                           cluster_bits, &rec->plain, errp);
+    ret = decode_table_ref(buf + REC_LAYER_TABLE, "layer",
+                           SQCOW2_MAX_DESC_ENTRIES, SQCOW2_DESC_SIZE,
+                           cluster_bits, &rec->layer_table, errp);
     if (ret < 0) {
         return ret;
     }
-    if (rec->plain.entries > rec->layer) {
-        error_setg(errp, "sQcow2 plain-layer table names %" PRIu32
-                   " layers below layer %d", rec->plain.entries, rec->layer);
+    if (rec->layer_table.entries &&
+        rec->layer_table.entries != rec->layer) {
+        error_setg(errp, "sQcow2 layer table describes %" PRIu32
+                   " layers below layer %d", rec->layer_table.entries, rec->layer);
         return -EINVAL;
     }
     if (!buffer_is_zero(buf + REC_REDIRECT, REC_BELOW_KIND - REC_REDIRECT)) {
@@ -159,28 +160,47 @@ int sqcow2_decode_record(const uint8_t *buf, size_t len, int cluster_bits,
     return 0;
 }
 
-void sqcow2_encode_plain(const Sqcow2Plain *plain, uint8_t *buf)
+void sqcow2_encode_desc(const Sqcow2LayerDesc *desc, uint8_t *buf)
 {
-    memset(buf, 0, SQCOW2_PLAIN_SIZE);
-    buf[0] = plain->kind;
-    stq_be_p(buf + 8, plain->virtual_size);
-    stq_be_p(buf + 16, plain->mtime_ns);
-    stl_be_p(buf + 24, plain->crc);
+    memset(buf, 0, SQCOW2_DESC_SIZE);
+    buf[0] = desc->kind;
+    if (desc->kind == SQCOW2_LAYER_SQCOW2) {
+        memcpy(buf + 8, desc->stamp, SQCOW2_STAMP_SIZE);
+        return;
+    }
+    stq_be_p(buf + 8, desc->virtual_size);
+    stq_be_p(buf + 16, desc->mtime_ns);
+    stl_be_p(buf + 24, desc->crc);
 }
 
-int sqcow2_decode_plain(const uint8_t *buf, Sqcow2Plain *plain, Error **errp)
+static bool desc_is_valid(const Sqcow2LayerDesc *desc)
 {
-    plain->kind = buf[0];
-    plain->virtual_size = ldq_be_p(buf + 8);
-    plain->mtime_ns = ldq_be_p(buf + 16);
-    plain->crc = ldl_be_p(buf + 24);
+    switch (desc->kind) {
+    case SQCOW2_LAYER_SQCOW2:
+        return !desc->crc;
+    case SQCOW2_LAYER_RAW:
+        return !desc->crc && desc->virtual_size <= INT64_MAX &&
+               desc->mtime_ns >= 0;
+    case SQCOW2_LAYER_QCOW2:
+        return desc->virtual_size <= INT64_MAX && desc->mtime_ns >= 0;
+    default:
+        return false;
+    }
+}
 
-    if ((plain->kind != SQCOW2_LAYER_RAW &&
-         plain->kind != SQCOW2_LAYER_QCOW2) ||
-        (plain->kind == SQCOW2_LAYER_RAW && plain->crc) ||
-        plain->virtual_size > INT64_MAX || plain->mtime_ns < 0 ||
-        !buffer_is_zero(buf + 1, 7) || !buffer_is_zero(buf + 28, 4)) {
-        error_setg(errp, "sQcow2 plain-layer table has a bad entry");
+int sqcow2_decode_desc(const uint8_t *buf, Sqcow2LayerDesc *desc, Error **errp)
+{
+    *desc = (Sqcow2LayerDesc) {
+        .kind = buf[0],
+        .virtual_size = ldq_be_p(buf + 8),
+        .mtime_ns = ldq_be_p(buf + 16),
+        .crc = ldl_be_p(buf + 24),
+    };
+    memcpy(desc->stamp, buf + 8, SQCOW2_STAMP_SIZE);
+
+    if (!desc_is_valid(desc) || !buffer_is_zero(buf + 1, 7) ||
+        !buffer_is_zero(buf + 28, 4)) {
+        error_setg(errp, "sQcow2 layer table has a bad entry");
         return -EINVAL;
     }
     return 0;

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * sQcow2: make, load and rebuild the index
+ * sQcow2: make and load the index
  *
  * A view is a root table, perhaps with merged tables.  Three ways lead to
  * one:
@@ -11,8 +11,8 @@
  *           one plain layer has are shared, the others are merged from the
  *           top layer down
  *   load    from the active image's own root table
- * A built view lives in memory; sqcow2_index_create() can write it into a
- * new image.  Order there: tables, flush, then the header that names them.
+ * A shared or built view lives in memory; sqcow2-store.c writes it into an
+ * image.
  *
  * Regions are what one L2 table covers; the index of one is an L1 index.
  */
@@ -149,7 +149,7 @@ static int view_from_bytes(uint64_t *raw, const Sqcow2TableRef *ref,
     return 0;
 }
 
-int sqcow2_view_load(BlockDriverState *bs, const Sqcow2Record *record,
+int sqcow2_view_read(BlockDriverState *bs, const Sqcow2Record *record,
                      Sqcow2View *view, Error **errp)
 {
     uint64_t bytes = (uint64_t)record->root.entries * SQCOW2_ROOT_SIZE;
@@ -171,7 +171,14 @@ int sqcow2_view_load(BlockDriverState *bs, const Sqcow2Record *record,
         g_free(raw);
         return ret;
     }
-    ret = view_from_bytes(raw, &record->root, view, errp);
+    return view_from_bytes(raw, &record->root, view, errp);
+}
+
+int sqcow2_view_load(BlockDriverState *bs, const Sqcow2Record *record,
+                     Sqcow2View *view, Error **errp)
+{
+    int ret = sqcow2_view_read(bs, record, view, errp);
+
     if (ret == 0) {
         ret = check_root(bs, view, record->layer, errp);
     }
@@ -181,10 +188,10 @@ int sqcow2_view_load(BlockDriverState *bs, const Sqcow2Record *record,
     return ret;
 }
 
-uint8_t *sqcow2_read_plain_table(BlockDriverState *bs,
+uint8_t *sqcow2_read_layer_table(BlockDriverState *bs,
                                  const Sqcow2Record *record, Error **errp)
 {
-    uint64_t bytes = (uint64_t)record->plain.entries * SQCOW2_PLAIN_SIZE;
+    uint64_t bytes = (uint64_t)record->layer_table.entries * SQCOW2_DESC_SIZE;
     uint8_t *buf;
     int ret;
 
@@ -192,12 +199,12 @@ uint8_t *sqcow2_read_plain_table(BlockDriverState *bs,
         return NULL;
     }
     buf = g_malloc(bytes);
-    ret = bdrv_pread(bs->file, record->plain.host_offset, bytes, buf, 0);
+    ret = bdrv_pread(bs->file, record->layer_table.host_offset, bytes, buf, 0);
     if (ret < 0) {
         error_setg_errno(errp, -ret, "Could not read sQcow2 plain-layer "
                          "table");
-    } else if (crc32c(0xffffffff, buf, bytes) != record->plain.crc) {
-        error_setg(errp, "sQcow2 plain-layer table has a wrong checksum");
+    } else if (crc32c(0xffffffff, buf, bytes) != record->layer_table.crc) {
+        error_setg(errp, "sQcow2 layer table has a wrong checksum");
         ret = -EINVAL;
     }
     if (ret < 0) {
@@ -464,11 +471,7 @@ int sqcow2_view_build(const Sqcow2Layer *layers, uint32_t nb_layers,
     return ret;
 }
 
-/*
- * The view of @lower, whose own index is valid: its L1 table where set, its
- * root table elsewhere.
- */
-static int view_share(const Sqcow2Layer *lower, const Sqcow2Record *record,
+int sqcow2_view_share(const Sqcow2Layer *lower, const Sqcow2Record *record,
                       int cluster_bits, Sqcow2View *view, Error **errp)
 {
     uint64_t region_size = 1ULL << (2 * cluster_bits - 3);
@@ -526,256 +529,6 @@ static int view_share(const Sqcow2Layer *lower, const Sqcow2Record *record,
     sqcow2_view_free(&below);
     if (ret < 0) {
         sqcow2_view_free(view);
-    }
-    return ret;
-}
-
-/* Allocate clusters, write @bytes of @buf and zeros behind; set @ref. */
-static int GRAPH_RDLOCK write_table(BlockDriverState *bs, const void *buf,
-                                    uint32_t entries, size_t entry_size,
-                                    Sqcow2TableRef *ref)
-{
-    BDRVSqcow2State *s = bs->opaque;
-    uint64_t bytes = (uint64_t)entries * entry_size;
-    uint64_t padded = ROUND_UP(bytes, s->q.cluster_size);
-    g_autofree uint8_t *clusters = NULL;
-    int64_t host_offset;
-    int ret;
-
-    *ref = (Sqcow2TableRef) {};
-    if (!entries) {
-        return 0;
-    }
-    clusters = g_try_malloc0(padded);
-    if (!clusters) {
-        return -ENOMEM;
-    }
-    memcpy(clusters, buf, bytes);
-    host_offset = qcow2_alloc_clusters(bs, padded);
-    if (host_offset < 0) {
-        return host_offset;
-    }
-    ret = qcow2_pre_write_overlap_check(bs, 0, host_offset, padded, false);
-    if (ret == 0) {
-        ret = bdrv_pwrite(bs->file, host_offset, padded, clusters, 0);
-    }
-    *ref = (Sqcow2TableRef) {
-        .host_offset = host_offset,
-        .entries = entries,
-        .crc = crc32c(0xffffffff, clusters, bytes),
-    };
-    return ret;
-}
-
-/* Write merged tables and the root table of @view; set rec->root. */
-static int GRAPH_RDLOCK write_view(BlockDriverState *bs, Sqcow2View *view,
-                                   Sqcow2Record *rec)
-{
-    BDRVSqcow2State *s = bs->opaque;
-    uint32_t table_entries = s->q.cluster_size / sizeof(uint64_t);
-    bool empty = true;
-    int ret;
-
-    for (uint32_t i = 0; i < view->entries; i++) {
-        Sqcow2Root root = {
-            .kind = SQCOW2_ROOT_TABLE,
-            .layer = rec->layer,
-        };
-        Sqcow2TableRef ref;
-
-        empty = empty && !view->root[i];
-        if (view->root[i] >> 62 != SQCOW2_ROOT_MEMORY) {
-            continue;
-        }
-        ret = write_table(bs, g_ptr_array_index(view->tables,
-                                                (uint32_t)view->root[i]),
-                          table_entries, sizeof(uint64_t), &ref);
-        if (ret < 0) {
-            return ret;
-        }
-        root.host_offset = ref.host_offset;
-        view->root[i] = sqcow2_encode_root(&root, s->q.cluster_bits);
-    }
-    if (empty) {
-        return 0;               /* entries behind the end are absent */
-    }
-    for (uint32_t i = 0; i < view->entries; i++) {
-        view->root[i] = cpu_to_be64(view->root[i]);
-    }
-    return write_table(bs, view->root, view->entries, SQCOW2_ROOT_SIZE,
-                       &rec->root);
-}
-
-static int GRAPH_RDLOCK write_plain_table(BlockDriverState *bs,
-                                          const Sqcow2Chain *chain,
-                                          Sqcow2Record *rec, Error **errp)
-{
-    g_autofree uint8_t *buf = g_malloc0((size_t)chain->nb_layers *
-                                        SQCOW2_PLAIN_SIZE);
-    int ret;
-
-    for (uint32_t i = 0; i < chain->nb_layers; i++) {
-        Sqcow2Plain plain;
-
-        ret = sqcow2_describe_plain(&chain->layers[i], &plain, errp);
-        if (ret < 0) {
-            error_prepend(errp, "Layer %u, '%s', ", i,
-                          chain->layers[i].filename);
-            return ret;
-        }
-        sqcow2_encode_plain(&plain, buf + i * SQCOW2_PLAIN_SIZE);
-    }
-    ret = write_table(bs, buf, chain->nb_layers, SQCOW2_PLAIN_SIZE,
-                      &rec->plain);
-    if (ret < 0) {
-        error_setg_errno(errp, -ret, "Could not write the plain-layer table");
-    }
-    return ret;
-}
-
-/* An index over plain layers only: build it and describe them. */
-static int GRAPH_RDLOCK index_plain_chain(BlockDriverState *bs,
-                                          const Sqcow2Chain *chain,
-                                          Sqcow2View *view, Sqcow2Record *rec,
-                                          Error **errp)
-{
-    BDRVSqcow2State *s = bs->opaque;
-    int ret;
-
-    for (uint32_t i = 0; i < chain->nb_layers; i++) {
-        if (chain->layers[i].kind == SQCOW2_LAYER_SQCOW2) {
-            error_setg(errp, "Layer %u, '%s', has no valid index or lies "
-                       "below a plain layer", i, chain->layers[i].filename);
-            return -ENOTSUP;
-        }
-    }
-    rec->layer = chain->nb_layers;
-    /* Describe before reading: a change in between then shows */
-    ret = write_plain_table(bs, chain, rec, errp);
-    if (ret < 0) {
-        return ret;
-    }
-    return sqcow2_view_build(chain->layers, chain->nb_layers,
-                             s->q.cluster_bits, view, errp);
-}
-
-/* The layer below is indexed: share its tables. */
-static int index_snapshot(BDRVSqcow2State *s, const Sqcow2Chain *chain,
-                          Sqcow2View *view, Sqcow2Record *rec, Error **errp)
-{
-    const Sqcow2Record *lower = &chain->top_record;
-
-    if (lower->layer == SQCOW2_MAX_LAYERS - 1) {
-        error_setg(errp, "'%s' is layer %d, the last that an index can count; "
-                   "shorten the chain with 'qemu-img commit' or 'qemu-img "
-                   "convert'", chain->layers[0].filename, lower->layer);
-        return -EFBIG;
-    }
-    rec->layer = lower->layer + 1;
-    memcpy(rec->below_stamp, lower->stamp, SQCOW2_STAMP_SIZE);
-    return view_share(&chain->layers[0], lower, s->q.cluster_bits, view, errp);
-}
-
-/*
- * Open what @bs names as its backing file and make its view.
- * Returns 0; -EFBIG with @errp set when there is no index for the new layer;
- * another negative errno with @errp set when the image must do without one.
- */
-static int GRAPH_RDLOCK index_lower(BlockDriverState *bs, Sqcow2View *view,
-                                    Sqcow2Record *rec, Error **errp)
-{
-    BDRVSqcow2State *s = bs->opaque;
-    Sqcow2Chain chain = {};
-    Sqcow2WalkOptions opts = {
-        .filename = bs->filename,
-        .backing = bs->auto_backing_file,
-        .backing_fmt = bs->backing_format,
-        .cluster_bits = s->q.cluster_bits,
-        .one_hop = true,
-        .locking = qemu_has_ofd_lock(),
-    };
-    int ret;
-
-    ret = sqcow2_walk(&opts, &chain, errp);
-    if (ret < 0) {
-        return ret;
-    }
-    rec->below_kind = chain.layers[0].kind;
-    if (rec->below_kind == SQCOW2_LAYER_SQCOW2 && chain.top_has_record &&
-        chain.top_record.flags & SQCOW2_FLAG_INDEX_VALID) {
-        if (chain.top_record.flags & SQCOW2_FLAG_WRITING) {
-            error_setg(errp, "'%s' is being written, or was not closed",
-                       chain.layers[0].filename);
-            ret = -EAGAIN;
-        } else {
-            ret = index_snapshot(s, &chain, view, rec, errp);
-        }
-    } else {
-        sqcow2_chain_free(&chain);
-        opts.one_hop = false;
-        ret = sqcow2_walk(&opts, &chain, errp);
-        if (ret == 0) {
-            ret = index_plain_chain(bs, &chain, view, rec, errp);
-        }
-    }
-    if (ret == 0) {
-        ret = write_view(bs, view, rec);
-        if (ret < 0) {
-            error_setg_errno(errp, -ret, "Could not write the index");
-        }
-    }
-    sqcow2_chain_free(&chain);
-    return ret;
-}
-
-int coroutine_fn sqcow2_index_create(BlockDriverState *bs, Error **errp)
-{
-    BDRVSqcow2State *s = bs->opaque;
-    Sqcow2Record rec = {};
-    Sqcow2View view = {};
-    Error *local_err = NULL;
-    int ret = 0;
-
-    if (has_subclusters(&s->q) || has_data_file(bs) || bs->encrypted) {
-        ret = -ENOTSUP;
-    } else if (bs->auto_backing_file[0]) {
-        ret = index_lower(bs, &view, &rec, &local_err);
-    }
-    sqcow2_view_free(&view);
-    if (ret == -EFBIG || ret == -EIO || ret == -ENOSPC || ret == -EINVAL) {
-        error_propagate(errp, local_err);
-        return ret;
-    }
-    error_free(local_err);
-    if (ret == 0) {
-        rec.flags = SQCOW2_FLAG_INDEX_VALID;
-    } else {
-        rec = (Sqcow2Record) {};
-    }
-
-    s->record = rec;
-    ret = sqcow2_record_new_stamp(s, errp);
-    if (ret < 0) {
-        return ret;
-    }
-    ret = qcow2_flush_caches(bs);
-    if (ret < 0) {
-        error_setg_errno(errp, -ret, "Could not write the index");
-        return ret;
-    }
-    /* Tables are on disk; now the one header write that makes them count */
-    s->q.incompatible_features |= SQCOW2_INCOMPAT_INDEX;
-    s->has_record = true;
-    s->changed = true;
-    sqcow2_record_store(bs);
-    ret = qcow2_update_header(bs);
-    if (ret == 0) {
-        ret = bdrv_flush(bs->file->bs);
-    }
-    if (ret < 0) {
-        error_setg_errno(errp, -ret, "Could not write the sQcow2 header%s",
-                         ret == -ENOSPC ? " (does the backing file name fit "
-                         "into the first cluster?)" : "");
     }
     return ret;
 }

@@ -8,7 +8,8 @@
  *   sqcow2-check.c   check of the index
  *   sqcow2-read.c    read path, block status
  *   sqcow2-write.c   what writing adds to qcow2's
- *   sqcow2-index.c   build the index: share, merge, rebuild
+ *   sqcow2-store.c   write an index into an image, new or not
+ *   sqcow2-index.c   make an index: share, build, load
  *   sqcow2-record.c  the record in the header: find, change, write in place
  *   sqcow2-lookup.c  guest offset -> owner, host offset, kind, run
  *   sqcow2-cache.c   L2 slices of other layers, and of merged tables
@@ -40,6 +41,8 @@ typedef struct Sqcow2Layer {
     uint64_t l1_host_offset;
     uint32_t l1_entries;
     Qcow2CompressionType compression_type;
+    bool has_stamp;
+    uint8_t stamp[SQCOW2_STAMP_SIZE];
     char *filename;             /* full name, for opening and for messages */
 } Sqcow2Layer;
 
@@ -141,7 +144,7 @@ typedef struct Sqcow2WalkOptions {
     const char *backing_fmt;
     int cluster_bits;           /* of the active image */
     const Sqcow2Record *record; /* what to verify against, or NULL */
-    const uint8_t *plain_table; /* encoded, of the active image, or NULL */
+    const uint8_t *layer_table; /* encoded, of the active image, or NULL */
     bool one_hop;
     bool locking;
     BlockDriverState *set;
@@ -171,11 +174,11 @@ int sqcow2_layer_pread(const Sqcow2Layer *layer, uint64_t host_offset,
                        uint64_t bytes, void *buf);
 
 /*
- * Describe a plain layer for the plain-layer table.  Waits for up to 50 ms
+ * Describe a layer for the layer table.  Waits for up to 50 ms
  * until its modification time can be told from that of a later change.
  * Returns 0 or a negative errno with @errp set.
  */
-int sqcow2_describe_plain(const Sqcow2Layer *layer, Sqcow2Plain *plain,
+int sqcow2_describe_layer(const Sqcow2Layer *layer, Sqcow2LayerDesc *desc,
                           Error **errp);
 
 /*
@@ -267,6 +270,10 @@ int GRAPH_RDLOCK sqcow2_invalidate_index(BlockDriverState *bs);
 
 void sqcow2_view_free(Sqcow2View *view);
 
+/* Read the root table that @record names; its entries are not validated. */
+int sqcow2_view_read(BlockDriverState *bs, const Sqcow2Record *record,
+                     Sqcow2View *view, Error **errp);
+
 /*
  * Load and validate the root table that the record names; s->layers holds
  * the chain that the record is for.
@@ -283,6 +290,26 @@ int sqcow2_view_build(const Sqcow2Layer *layers, uint32_t nb_layers,
                       int cluster_bits, Sqcow2View *view, Error **errp);
 
 /*
+ * The view of @lower, whose own index is valid: its L1 table where set, its
+ * root table elsewhere.  Blocking; constant work, whatever the chain's length.
+ * Returns 0 or a negative errno with @errp set.
+ */
+int sqcow2_view_share(const Sqcow2Layer *lower, const Sqcow2Record *record,
+                      int cluster_bits, Sqcow2View *view, Error **errp);
+
+/* sqcow2-store.c */
+
+/*
+ * Store the view that was built in memory, complete the own L2 tables, and
+ * make the index valid: REBUILT turns into INDEXED.  The image is writable;
+ * q.lock held in coroutines.
+ * Returns 0, or a negative errno with @errp set; then all goes on as before:
+ * -ENOTSUP if a layer has no stamp or an internal snapshot is larger than the
+ * disk.
+ */
+int GRAPH_RDLOCK sqcow2_index_store(BlockDriverState *bs, Error **errp);
+
+/*
  * Give a freshly created image its feature bit, record and, when the layers
  * below can be indexed, its index.  In all other cases the record says "no
  * index", and opening the image builds one in memory.
@@ -290,8 +317,8 @@ int sqcow2_view_build(const Sqcow2Layer *layers, uint32_t nb_layers,
 int coroutine_fn GRAPH_RDLOCK
 sqcow2_index_create(BlockDriverState *bs, Error **errp);
 
-/* Read the plain-layer table; NULL with @errp set on error, or if empty. */
-uint8_t *sqcow2_read_plain_table(BlockDriverState *bs,
+/* Read the layer table; NULL with @errp set on error, or if empty. */
+uint8_t *sqcow2_read_layer_table(BlockDriverState *bs,
                                  const Sqcow2Record *record, Error **errp);
 
 /* sqcow2-chain.c */

@@ -249,6 +249,16 @@ make_extent(Lookup *l, uint64_t guest_offset, uint64_t run_bytes,
     extent->bytes = MIN(run_bytes,
                         s->layers[cluster->owner].clip - guest_offset);
     if (cluster->kind == SQCOW2_DATA) {
+        /* Every cluster of data has at least its first byte in the file */
+        if (s->layers[cluster->owner].kind != SQCOW2_LAYER_RAW &&
+            cluster->host_offset + QEMU_ALIGN_DOWN(in_cluster + run_bytes - 1,
+                                                   s->q.cluster_size) >=
+            s->layers[cluster->owner].file_size) {
+            return corrupt(l->bs, "Layer %u '%s' is truncated: data of guest "
+                           "offset 0x%" PRIx64 " lies behind the end of the "
+                           "file", cluster->owner,
+                           layer_name(s, cluster->owner), guest_offset);
+        }
         extent->host_offset += in_cluster;
         if (extent->host_offset + extent->bytes > SQCOW2_MAX_HOST_OFFSET) {
             return corrupt(l->bs, "Data past 64 TiB in layer %u '%s'",

@@ -61,11 +61,12 @@ typedef struct Walk {
     GHashTable *seen;           /* "device:inode" of each file */
     char *distrust;
 
-    /* What the file above expects of the next one; S8 */
+    /* What is expected of the next layer; S8 */
     bool verifying;
-    Sqcow2Record above;
-    uint8_t *plain_table;       /* of the lowest sQcow2 file so far */
-    uint8_t *plain_table_buf;
+    uint32_t nb_expected;       /* layers to come */
+    Sqcow2Record above;         /* of the file that vouches for the next one */
+    const uint8_t *layer_table; /* its table; NULL if damaged or none */
+    uint8_t *layer_table_buf;
 } Walk;
 
 static int fd_pread(int fd, uint64_t host_offset, uint64_t bytes, void *buf)
@@ -510,19 +511,21 @@ static int crc_of_header_and_l1(const Sqcow2Layer *layer, uint32_t *crc,
     return 0;
 }
 
-int sqcow2_describe_plain(const Sqcow2Layer *layer, Sqcow2Plain *plain,
+int sqcow2_describe_layer(const Sqcow2Layer *layer, Sqcow2LayerDesc *desc,
                           Error **errp)
 {
-    *plain = (Sqcow2Plain) {
-        .kind = layer->kind,
-        .virtual_size = layer->virtual_size,
-    };
+    *desc = (Sqcow2LayerDesc) { .kind = layer->kind };
+    if (layer->kind == SQCOW2_LAYER_SQCOW2) {
+        memcpy(desc->stamp, layer->stamp, SQCOW2_STAMP_SIZE);
+        return 0;
+    }
+    desc->virtual_size = layer->virtual_size;
     if (layer->kind == SQCOW2_LAYER_RAW) {
         return 0;
     }
     /* The time first: a change during our reading makes a later one */
-    plain->mtime_ns = layer->fd < 0 ? 0 : settled_mtime(layer->fd);
-    return crc_of_header_and_l1(layer, &plain->crc, errp);
+    desc->mtime_ns = layer->fd < 0 ? 0 : settled_mtime(layer->fd);
+    return crc_of_header_and_l1(layer, &desc->crc, errp);
 }
 
 static void G_GNUC_PRINTF(2, 3) distrust(Walk *w, const char *fmt, ...)
@@ -537,101 +540,103 @@ static void G_GNUC_PRINTF(2, 3) distrust(Walk *w, const char *fmt, ...)
     }
 }
 
-/* Compare a plain layer with what the lowest sQcow2 file recorded; S8. */
-static void verify_plain(Walk *w, const Sqcow2Layer *layer, uint32_t index)
+static void distrust_modified(Walk *w, const Sqcow2Layer *layer,
+                              uint32_t index)
 {
-    Sqcow2Plain expected;
+    distrust(w, "layer %u '%s' was modified since a layer above it was "
+             "indexed", index, layer->filename);
+}
+
+/* Compare a layer with its entry in the layer table of w->above; S8. */
+static void verify_by_table(Walk *w, const Sqcow2Layer *layer, uint32_t index)
+{
+    Sqcow2LayerDesc desc;
     uint32_t crc;
 
-    if (!w->plain_table || index >= w->above.plain.entries) {
-        distrust(w, "layer %u '%s' is not described in the layer above it",
-                 index, layer->filename);
+    if (!w->layer_table ||
+        sqcow2_decode_desc(w->layer_table + index * SQCOW2_DESC_SIZE, &desc,
+                           NULL) < 0) {
+        distrust(w, "the layer table above layer %u '%s' is damaged", index,
+                 layer->filename);
+    } else if (desc.kind != layer->kind) {
+        distrust(w, "layer %u '%s' has another format than when a layer above "
+                 "it was indexed", index, layer->filename);
+    } else if (desc.kind == SQCOW2_LAYER_SQCOW2) {
+        if (!layer->has_stamp ||
+            memcmp(desc.stamp, layer->stamp, SQCOW2_STAMP_SIZE)) {
+            distrust_modified(w, layer, index);
+        }
+    } else if (desc.virtual_size != layer->virtual_size) {
+        distrust_modified(w, layer, index);
+    } else if (desc.kind == SQCOW2_LAYER_RAW) {
         return;
-    }
-    if (sqcow2_decode_plain(w->plain_table + index * SQCOW2_PLAIN_SIZE,
-                            &expected, NULL) < 0 ||
-        expected.kind != layer->kind ||
-        expected.virtual_size != layer->virtual_size) {
-        distrust(w, "layer %u '%s' is not the file that was there when the "
-                 "layer above it was indexed", index, layer->filename);
-        return;
-    }
-    if (layer->kind == SQCOW2_LAYER_RAW) {
-        return;
-    }
-    if (!expected.mtime_ns || expected.mtime_ns != mtime_now(layer->fd)) {
-        distrust(w, "layer %u '%s' may have been modified since the layer "
-                 "above it was indexed", index, layer->filename);
-        return;
-    }
-    if (crc_of_header_and_l1(layer, &crc, NULL) < 0 || crc != expected.crc) {
-        distrust(w, "layer %u '%s' was modified since the layer above it was "
-                 "indexed", index, layer->filename);
+    } else if (!desc.mtime_ns || desc.mtime_ns != mtime_now(layer->fd)) {
+        distrust(w, "layer %u '%s' may have been modified since a layer above "
+                 "it was indexed", index, layer->filename);
+    } else if (crc_of_header_and_l1(layer, &crc, NULL) < 0 ||
+               crc != desc.crc) {
+        distrust_modified(w, layer, index);
     }
 }
 
-/* The plain-layer table of the sQcow2 layer that was just appended */
-static void load_plain_table(Walk *w, const Sqcow2Layer *layer,
+/* The layer table of the sQcow2 layer that was just found */
+static void load_layer_table(Walk *w, const Sqcow2Layer *layer,
                              const Sqcow2Record *rec)
 {
-    uint64_t bytes = (uint64_t)rec->plain.entries * SQCOW2_PLAIN_SIZE;
+    uint64_t bytes = (uint64_t)rec->layer_table.entries * SQCOW2_DESC_SIZE;
 
-    g_free(w->plain_table_buf);
-    w->plain_table = w->plain_table_buf = NULL;
+    g_free(w->layer_table_buf);
+    w->layer_table = w->layer_table_buf = NULL;
     if (!bytes) {
         return;
     }
-    w->plain_table_buf = g_malloc(bytes);
-    if (sqcow2_layer_pread(layer, rec->plain.host_offset, bytes,
-                           w->plain_table_buf) == 0 &&
-        crc32c(0xffffffff, w->plain_table_buf, bytes) == rec->plain.crc) {
-        w->plain_table = w->plain_table_buf;
+    w->layer_table_buf = g_malloc(bytes);
+    if (sqcow2_layer_pread(layer, rec->layer_table.host_offset, bytes,
+                           w->layer_table_buf) == 0 &&
+        crc32c(0xffffffff, w->layer_table_buf, bytes) ==
+        rec->layer_table.crc) {
+        w->layer_table = w->layer_table_buf;
     }
 }
 
-/*
- * Compare @layer, found below w->above, with what w->above expects (S8);
- * then let it be the one that expects.
- */
+/* Compare @layer with the stamp that w->above expects directly below; S8. */
+static void verify_by_stamp(Walk *w, const Sqcow2Layer *layer,
+                            const LayerHeader *hdr, uint32_t index)
+{
+    if (layer->kind != SQCOW2_LAYER_SQCOW2) {
+        distrust(w, "layer %u '%s' has another format than when the layer "
+                 "above it was indexed", index, layer->filename);
+    } else if (!layer->has_stamp ||
+               memcmp(layer->stamp, w->above.below_stamp,
+                      SQCOW2_STAMP_SIZE)) {
+        distrust_modified(w, layer, index);
+    } else if (hdr->record.layer != index) {
+        distrust(w, "layer '%s' has index %u instead of %u", layer->filename,
+                 hdr->record.layer, index);
+    } else {
+        w->above = hdr->record;
+        load_layer_table(w, layer, &hdr->record);
+    }
+}
+
+/* Compare the layer that was just found with what is expected; S8. */
 static void verify_layer(Walk *w, const Sqcow2Layer *layer,
                          const LayerHeader *hdr)
 {
-    /* Indexes fall by one at each hop; plain layers have none of their own */
-    uint32_t index = w->above.layer - 1;
-
     if (!w->verifying) {
         return;
     }
-    if (w->above.layer == 0) {
+    if (w->nb_expected == 0) {
         distrust(w, "there is a layer '%s' below the one that was the base",
                  layer->filename);
         return;
     }
-    if (w->above.below_kind != layer->kind &&
-        w->above.below_kind != SQCOW2_LAYER_NONE) {
-        distrust(w, "layer %u '%s' has another format than when the layer "
-                 "above it was indexed", index, layer->filename);
-        return;
+    w->nb_expected--;
+    if (w->above.layer_table.entries) {
+        verify_by_table(w, layer, w->nb_expected);
+    } else {
+        verify_by_stamp(w, layer, hdr, w->nb_expected);
     }
-    if (layer->kind != SQCOW2_LAYER_SQCOW2) {
-        verify_plain(w, layer, index);
-        w->above.layer = index;
-        w->above.below_kind = SQCOW2_LAYER_NONE;
-        return;
-    }
-    if (!hdr->has_record ||
-        memcmp(hdr->record.stamp, w->above.below_stamp, SQCOW2_STAMP_SIZE)) {
-        distrust(w, "layer %u '%s' was modified since the layer above it was "
-                 "indexed", index, layer->filename);
-        return;
-    }
-    if (hdr->record.layer != index) {
-        distrust(w, "layer '%s' has index %u instead of %u",
-                 layer->filename, hdr->record.layer, index);
-        return;
-    }
-    w->above = hdr->record;
-    load_plain_table(w, layer, &hdr->record);
 }
 
 static void free_layer(Sqcow2Layer *layer)
@@ -691,6 +696,8 @@ static int walk_hop(Walk *w, const char *above, const char *backing,
         free_layer(&layer);
         return ret;
     }
+    layer.has_stamp = hdr->has_record;
+    memcpy(layer.stamp, hdr->record.stamp, SQCOW2_STAMP_SIZE);
     verify_layer(w, &layer, hdr);
     g_array_append_val(w->layers, layer);
     return 0;
@@ -727,8 +734,8 @@ static int walk_down(Walk *w, LayerHeader *top, Error **errp)
         }
     } while (hdr->backing[0] && !opts->one_hop);
 
-    if (w->verifying && !opts->one_hop && w->above.layer != 0) {
-        distrust(w, "layer %u is missing below '%s'", w->above.layer - 1,
+    if (w->verifying && w->nb_expected) {
+        distrust(w, "layer %u is missing below '%s'", w->nb_expected - 1,
                  above);
     }
     return 0;
@@ -743,12 +750,13 @@ int sqcow2_walk(const Sqcow2WalkOptions *opts, Sqcow2Chain *chain,
         .layers = g_array_new(false, false, sizeof(Sqcow2Layer)),
         .seen = g_hash_table_new_full(g_str_hash, g_str_equal, g_free, NULL),
         .verifying = opts->record,
-        .plain_table = (uint8_t *)opts->plain_table,
+        .layer_table = opts->layer_table,
     };
     int ret;
 
     if (opts->record) {
         w.above = *opts->record;
+        w.nb_expected = opts->record->layer;
     }
     ret = walk_down(&w, top, errp);
 
@@ -766,7 +774,7 @@ int sqcow2_walk(const Sqcow2WalkOptions *opts, Sqcow2Chain *chain,
         chain->layers[chain->nb_layers - 1 - i] = tmp;
     }
     g_hash_table_unref(w.seen);
-    g_free(w.plain_table_buf);
+    g_free(w.layer_table_buf);
 
     for (uint32_t i = 1; ret == 0 && i < chain->nb_layers; i++) {
         if (chain->layers[i].kind == SQCOW2_LAYER_RAW) {

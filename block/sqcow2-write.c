@@ -13,6 +13,7 @@
  * the same.
  */
 #include "qemu/osdep.h"
+#include "qemu/error-report.h"
 #include "qapi/error.h"
 #include "qemu/option.h"
 #include "sqcow2-int.h"
@@ -135,7 +136,7 @@ static int GRAPH_RDLOCK sqcow2_make_empty(BlockDriverState *bs)
             return ret;
         }
         s->record.flags &= ~SQCOW2_FLAG_INDEX_VALID;
-        s->record.root = s->record.plain = (Sqcow2TableRef) {};
+        s->record.root = s->record.layer_table = (Sqcow2TableRef) {};
         ret = sqcow2_record_write(bs);
         if (ret < 0) {
             s->record = old;
@@ -199,9 +200,26 @@ static int coroutine_fn GRAPH_RDLOCK
 sqcow2_co_check(BlockDriverState *bs, BdrvCheckResult *result,
                 BdrvCheckMode fix)
 {
+    BDRVSqcow2State *s = bs->opaque;
+    Error *local_err = NULL;
     int ret = fix ? sqcow2_begin_change(bs) : 0;
 
-    return ret < 0 ? ret : bdrv_qcow2.bdrv_co_check(bs, result, fix);
+    if (ret == 0) {
+        ret = bdrv_qcow2.bdrv_co_check(bs, result, fix);
+    }
+    if (ret < 0 || !(fix & BDRV_FIX_ERRORS) || result->corruptions ||
+        s->mode != SQCOW2_MODE_REBUILT || !s->has_record) {
+        return ret;
+    }
+    /* The index does not fit the layers below: store one that does */
+    qemu_co_mutex_lock(&s->q.lock);
+    ret = sqcow2_index_store(bs, &local_err);
+    qemu_co_mutex_unlock(&s->q.lock);
+    if (ret < 0) {
+        error_report_err(local_err);
+        result->check_errors++;
+    }
+    return 0;
 }
 
 static int GRAPH_RDLOCK

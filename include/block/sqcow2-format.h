@@ -29,12 +29,12 @@
 
 /* One root entry for each entry that qcow2 allows in an L1 table (32 MiB) */
 #define SQCOW2_MAX_ROOT_ENTRIES (32 * 1024 * 1024 / 8)
-/* One plain-layer entry for each layer below */
-#define SQCOW2_MAX_PLAIN_ENTRIES (SQCOW2_MAX_LAYERS - 1)
+/* The layer table has one entry for each layer below, or none at all */
+#define SQCOW2_MAX_DESC_ENTRIES (SQCOW2_MAX_LAYERS - 1)
 
 #define SQCOW2_STAMP_SIZE       16
 
-/* How the layer directly below, or a plain layer, is stored. */
+/* How a layer is stored. */
 typedef enum Sqcow2LayerKind {
     SQCOW2_LAYER_NONE   = 0,    /* there is no such layer */
     SQCOW2_LAYER_RAW    = 1,
@@ -63,20 +63,21 @@ typedef struct Sqcow2Record {
     uint8_t stamp[SQCOW2_STAMP_SIZE];
     uint8_t below_stamp[SQCOW2_STAMP_SIZE];
     Sqcow2TableRef root;
-    Sqcow2TableRef plain;
+    Sqcow2TableRef layer_table;
     Sqcow2TableRef redirect;    /* reserved: must be empty in version 1 */
     Sqcow2LayerKind below_kind;
 } Sqcow2Record;
 
-/* One entry of the plain-layer table: 32 bytes on disk. */
-#define SQCOW2_PLAIN_SIZE       32
+/* One entry of the layer table: 32 bytes on disk. */
+#define SQCOW2_DESC_SIZE       32
 
-typedef struct Sqcow2Plain {
-    Sqcow2LayerKind kind;       /* RAW or QCOW2 */
+typedef struct Sqcow2LayerDesc {
+    Sqcow2LayerKind kind;       /* not NONE */
+    uint8_t stamp[SQCOW2_STAMP_SIZE];   /* SQCOW2 only; the rest: the others */
     uint64_t virtual_size;      /* bytes */
     int64_t mtime_ns;           /* since the epoch; 0: could not be trusted */
     uint32_t crc;               /* CRC32C of qcow2 header and L1; RAW: 0 */
-} Sqcow2Plain;
+} Sqcow2LayerDesc;
 
 /* An entry of the root table: 8 bytes on disk. */
 #define SQCOW2_ROOT_SIZE        8
@@ -141,10 +142,10 @@ void sqcow2_encode_record(const Sqcow2Record *rec, uint8_t *buf);
 int sqcow2_decode_record(const uint8_t *buf, size_t len, int cluster_bits,
                          Sqcow2Record *rec, Error **errp);
 
-void sqcow2_encode_plain(const Sqcow2Plain *plain, uint8_t *buf);
+void sqcow2_encode_desc(const Sqcow2LayerDesc *desc, uint8_t *buf);
 
 /* Returns 0, or -EINVAL with @errp set when a field is out of its range. */
-int sqcow2_decode_plain(const uint8_t *buf, Sqcow2Plain *plain, Error **errp);
+int sqcow2_decode_desc(const uint8_t *buf, Sqcow2LayerDesc *desc, Error **errp);
 
 /* Returns the entry in host byte order; @root must be valid. */
 uint64_t sqcow2_encode_root(const Sqcow2Root *root, int cluster_bits);

@@ -89,6 +89,7 @@ class Plain(NamedTuple):
     virtual_size: int
     mtime_ns: int
     crc: int
+    stamp: bytes
 
 
 class Cluster(NamedTuple):
@@ -146,7 +147,7 @@ def decode_record(data: bytes, cluster_bits: int) -> Record:
         raise FormatError('redirect table')
     for name, offset, entries, size in (
             ('root', rec.root_offset, rec.root_entries, 8),
-            ('plain-layer', rec.plain_offset, rec.plain_entries, PLAIN.size)):
+            ('layer table', rec.plain_offset, rec.plain_entries, PLAIN.size)):
         if (bool(offset) != bool(entries) or offset % (1 << cluster_bits)
                 or offset + entries * size > MAX_HOST_OFFSET):
             raise FormatError(f'place of the {name} table')
@@ -181,9 +182,12 @@ def encode_root(root: Root, cluster_bits: int) -> int:
 
 def decode_plain(data: bytes) -> Plain:
     kind, zero1, size, mtime_ns, crc, zero2 = PLAIN.unpack(data)
-    if kind not in (1, 2) or any(zero1 + zero2) or kind == 1 and crc:
-        raise FormatError('plain-layer entry')
-    return Plain(BELOW_KINDS[kind], size, mtime_ns, crc)
+    if (kind not in (1, 2, 3) or any(zero1 + zero2) or kind != 2 and crc
+            or kind != 3 and (size | mtime_ns) >> 63):
+        raise FormatError('layer-table entry')
+    if kind == 3:
+        return Plain('sqcow2', 0, 0, 0, data[8:24])
+    return Plain(BELOW_KINDS[kind], size, mtime_ns, crc, b'')
 
 
 def is_foreign(entry: int) -> bool:
@@ -437,16 +441,16 @@ class Image:
         kind = BELOW_KINDS[rec.below_kind]
         if kind != 'sqcow2' and any(rec.below_stamp):
             yield Violation('S2', 'expected stamp of a layer without stamp')
-        if kind in ('none', 'sqcow2') and rec.plain_entries:
-            yield Violation('S2', f'plain-layer table above {kind}')
+        if kind == 'none' and rec.plain_entries:
+            yield Violation('S2', f'layer table above {kind}')
         if rec.plain_entries not in (0, rec.layer):
-            yield Violation('S2', f'{rec.plain_entries} plain layers below'
+            yield Violation('S2', f'{rec.plain_entries} layers described below'
                             f' layer {rec.layer}')
         if (kind == 'none') != (rec.layer == 0):
             yield Violation('S8', f'layer {rec.layer} above {kind}')
         for name, offset, entries, size, crc in (
                 ('root', rec.root_offset, rec.root_entries, 8, rec.root_crc),
-                ('plain-layer', rec.plain_offset, rec.plain_entries,
+                ('layer table', rec.plain_offset, rec.plain_entries,
                  PLAIN.size, rec.plain_crc)):
             used = entries * size
             whole = -(-used // self.cluster_size) * self.cluster_size
@@ -548,17 +552,18 @@ def check_chain(images: Sequence[Image]) -> Iterator[Violation]:
             yield Violation('S8', f'layer {layer} says it is {rec.layer}')
         if BELOW_KINDS[rec.below_kind] != (below.kind if below else 'none'):
             yield Violation('S8', f'layer {layer}: kind of the layer below')
-        elif below and below.kind == 'sqcow2':
-            if not below.record or below.record.stamp != rec.below_stamp:
-                yield Violation('S8', f'layer {layer}: stamp of the layer'
-                                ' below')
-        elif below:
+        elif below and (image.plain or below.kind != 'sqcow2'):
+            # It vouches for all layers below
             yield from _check_plain(images[:layer], image)
+            return
+        elif below and (not below.record
+                        or below.record.stamp != rec.below_stamp):
+            yield Violation('S8', f'layer {layer}: stamp of the layer below')
 
 
 def _check_plain(below: Sequence[Image], image: Image) -> Iterator[Violation]:
     if len(image.plain) != len(below):
-        yield Violation('S8', f'{len(below)} plain layers,'
+        yield Violation('S8', f'{len(below)} layers below,'
                         f' {len(image.plain)} described')
         return
     for k, layer in enumerate(below):
@@ -567,13 +572,18 @@ def _check_plain(below: Sequence[Image], image: Image) -> Iterator[Violation]:
         except FormatError as e:
             yield Violation('S2', f'plain[{k}]: {e}')
             continue
-        same = (plain.kind, plain.virtual_size) == (layer.kind, layer.size)
+        same = plain.kind == layer.kind
+        if plain.kind == 'sqcow2':
+            same = same and bool(layer.record
+                                 and layer.record.stamp == plain.stamp)
+        else:
+            same = same and plain.virtual_size == layer.size
         if plain.kind == 'qcow2':
             same = (same and plain.mtime_ns != 0 and plain.mtime_ns
                     == os.stat(layer.path).st_mtime_ns
                     and plain.crc == plain_crc(layer))
         if not same:
-            yield Violation('S8', f'plain layer {k} has changed')
+            yield Violation('S8', f'layer {k} has changed')
 
 
 def check_truth(images: Sequence[Image]) -> Iterator[Violation]:
@@ -638,7 +648,7 @@ def set_root(path: str, i: int, value: int, fix_crc: bool = True) -> None:
 
 
 def set_plain(path: str, k: int, data: bytes, fix_crc: bool = True) -> None:
-    """Put the 32 bytes @data in place of plain-layer entry @k."""
+    """Put the 32 bytes @data in place of layer-table entry @k."""
     image, rec = _counting(path)
     image.plain[k] = data
     _write(path, rec.plain_offset + k * PLAIN.size, data)

@@ -171,11 +171,11 @@ static int decode_record(const uint8_t *buf, size_t len, int cb,
     return ret;
 }
 
-static int decode_plain(const uint8_t *buf, Sqcow2Plain *plain)
+static int decode_desc(const uint8_t *buf, Sqcow2LayerDesc *desc)
 {
-    g_autofree uint8_t *copy = g_memdup2(buf, SQCOW2_PLAIN_SIZE);
+    g_autofree uint8_t *copy = g_memdup2(buf, SQCOW2_DESC_SIZE);
     Error *err = NULL;
-    int ret = sqcow2_decode_plain(copy, plain, &err);
+    int ret = sqcow2_decode_desc(copy, desc, &err);
 
     assert_true(ret == 0 || ret == -EINVAL);
     assert_int_equal(ret < 0, err != NULL);
@@ -243,7 +243,7 @@ static void test_constants(void **state)
     assert_string_equal(SQCOW2_FEATURE_NAME, "sQcow2 ownership index");
     assert_int_equal(SQCOW2_EXT_MAGIC, 0x53514f57);
     assert_int_equal(SQCOW2_RECORD_SIZE, 96);
-    assert_int_equal(SQCOW2_PLAIN_SIZE, 32);
+    assert_int_equal(SQCOW2_DESC_SIZE, 32);
     assert_int_equal(SQCOW2_ROOT_SIZE, 8);
     assert_int_equal(SQCOW2_MAX_LAYERS, 65536);
     assert_true(SQCOW2_MAX_HOST_OFFSET == TIB64);
@@ -555,9 +555,9 @@ static void check_record(const Sqcow2Record *rec, int cb)
     assert_true(got.root.host_offset == rec->root.host_offset);
     assert_int_equal(got.root.entries, rec->root.entries);
     assert_int_equal(got.root.crc, rec->root.crc);
-    assert_true(got.plain.host_offset == rec->plain.host_offset);
-    assert_int_equal(got.plain.entries, rec->plain.entries);
-    assert_int_equal(got.plain.crc, rec->plain.crc);
+    assert_true(got.layer_table.host_offset == rec->layer_table.host_offset);
+    assert_int_equal(got.layer_table.entries, rec->layer_table.entries);
+    assert_int_equal(got.layer_table.crc, rec->layer_table.crc);
     assert_true(!got.redirect.host_offset && !got.redirect.entries &&
                 !got.redirect.crc);
     sqcow2_encode_record(&got, again);
@@ -581,7 +581,7 @@ static void test_record_round_trip(void **state)
             Sqcow2Record rec = {
                 .layer = layers[i],
                 .stamp = "stamp",
-                .plain = { 1ULL << cb, layers[i], 1 },
+                .layer_table = { 1ULL << cb, layers[i], 1 },
                 .below_kind = i & 1 ? SQCOW2_LAYER_RAW : SQCOW2_LAYER_QCOW2,
             };
 
@@ -662,7 +662,8 @@ static int decode_table(size_t at, uint64_t host_offset, uint32_t entries,
 {
     uint8_t buf[SQCOW2_RECORD_SIZE];
     Sqcow2Record rec = {
-        .layer = 65535,
+        /* A layer table describes all layers below. */
+        .layer = at == 56 && entries ? MIN(entries, 65535) : 65535,
         .stamp = "stamp",
         .below_kind = SQCOW2_LAYER_QCOW2,
     };
@@ -682,7 +683,7 @@ static void test_record_tables(void **state)
         uint64_t entry_size;
     } tables[] = {
         { 40, SQCOW2_MAX_ROOT_ENTRIES, SQCOW2_ROOT_SIZE },
-        { 56, SQCOW2_MAX_PLAIN_ENTRIES, SQCOW2_PLAIN_SIZE },
+        { 56, SQCOW2_MAX_DESC_ENTRIES, SQCOW2_DESC_SIZE },
     };
     size_t i;
     int cb, bit;
@@ -723,12 +724,12 @@ static void test_record_tables(void **state)
     }
 }
 
-/* Plain layers stand below this one. */
-static void test_record_plain_entries(void **state)
+/* It describes all layers below this one, or none. */
+static void test_record_layer_table(void **state)
 {
     Sqcow2Record got, rec = {
         .stamp = "stamp",
-        .plain = { 1ULL << 16, 1, 0 },
+        .layer_table = { 1ULL << 16, 1, 0 },
         .below_kind = SQCOW2_LAYER_RAW,
     };
     uint8_t buf[SQCOW2_RECORD_SIZE];
@@ -736,30 +737,38 @@ static void test_record_plain_entries(void **state)
 
     for (i = 0; i < ARRAY_SIZE(layers) - 1; i++) {
         rec.layer = layers[i];
-        rec.plain.entries = layers[i] + 1;
+        rec.layer_table.entries = layers[i] + 1;
         sqcow2_encode_record(&rec, buf);
         assert_int_equal(decode_record(buf, sizeof(buf), 16, &got), -EINVAL);
+        if (layers[i] > 1) {
+            rec.layer_table.entries = layers[i] - 1;
+            sqcow2_encode_record(&rec, buf);
+            assert_int_equal(decode_record(buf, sizeof(buf), 16, &got),
+                             -EINVAL);
+        }
     }
 }
 
 /*
- * The plain-layer table
+ * The layer table
  */
 
-static void test_plain_round_trip(void **state)
+static void test_desc_round_trip(void **state)
 {
     static const uint64_t numbers[] = { 0, 1, 512, TIB64, INT64_MAX };
     static const uint32_t crcs[] = { 0, 1, 0x80000000, UINT32_MAX };
-    uint8_t buf[SQCOW2_PLAIN_SIZE], want[SQCOW2_PLAIN_SIZE];
-    Sqcow2Plain got, plain;
+    uint8_t buf[SQCOW2_DESC_SIZE], want[SQCOW2_DESC_SIZE];
+    Sqcow2LayerDesc got, desc;
     size_t i, j, k;
 
     for (i = 0; i < ARRAY_SIZE(numbers); i++) {
         for (j = 0; j < ARRAY_SIZE(numbers); j++) {
             for (k = 0; k < ARRAY_SIZE(crcs); k++) {
-                plain = (Sqcow2Plain) {
-                    k ? SQCOW2_LAYER_QCOW2 : SQCOW2_LAYER_RAW,
-                    numbers[i], numbers[j], crcs[k]
+                desc = (Sqcow2LayerDesc) {
+                    .kind = k ? SQCOW2_LAYER_QCOW2 : SQCOW2_LAYER_RAW,
+                    .virtual_size = numbers[i],
+                    .mtime_ns = numbers[j],
+                    .crc = crcs[k],
                 };
 
                 memset(want, 0, sizeof(want));
@@ -769,10 +778,10 @@ static void test_plain_round_trip(void **state)
                 put_be(want, 24, 4, crcs[k]);
 
                 memset(buf, 0x55, sizeof(buf));
-                sqcow2_encode_plain(&plain, buf);
+                sqcow2_encode_desc(&desc, buf);
                 assert_memory_equal(buf, want, sizeof(want));
-                assert_int_equal(decode_plain(buf, &got), 0);
-                assert_int_equal(got.kind, plain.kind);
+                assert_int_equal(decode_desc(buf, &got), 0);
+                assert_int_equal(got.kind, desc.kind);
                 assert_true(got.virtual_size == numbers[i]);
                 assert_true(got.mtime_ns == (int64_t)numbers[j]);
                 assert_int_equal(got.crc, crcs[k]);
@@ -781,42 +790,73 @@ static void test_plain_round_trip(void **state)
     }
 }
 
-static int decode_plain_changed(Sqcow2LayerKind kind, size_t at, size_t size,
+static int decode_desc_changed(Sqcow2LayerKind kind, size_t at, size_t size,
                                 uint64_t value)
 {
-    Sqcow2Plain plain = { kind, 1 << 20, 1000, 0 };
-    uint8_t buf[SQCOW2_PLAIN_SIZE];
+    Sqcow2LayerDesc desc = {
+        .kind = kind,
+        .virtual_size = 1 << 20,
+        .mtime_ns = 1000,
+    };
+    uint8_t buf[SQCOW2_DESC_SIZE];
 
-    sqcow2_encode_plain(&plain, buf);
+    sqcow2_encode_desc(&desc, buf);
     put_be(buf, at, size, value);
-    return decode_plain(buf, &plain);
+    return decode_desc(buf, &desc);
 }
 
-static void test_plain_refused(void **state)
+static void test_desc_refused(void **state)
 {
     int i;
 
     for (i = 0; i < 256; i++) {
-        assert_int_equal(decode_plain_changed(SQCOW2_LAYER_RAW, 0, 1, i),
-                         i == 1 || i == 2 ? 0 : -EINVAL);
+        assert_int_equal(decode_desc_changed(SQCOW2_LAYER_RAW, 0, 1, i),
+                         i >= 1 && i <= 3 ? 0 : -EINVAL);
     }
     for (i = 1; i < 32; i = i == 7 ? 28 : i + 1) {
-        assert_int_equal(decode_plain_changed(SQCOW2_LAYER_QCOW2, i, 1, 1),
+        assert_int_equal(decode_desc_changed(SQCOW2_LAYER_QCOW2, i, 1, 1),
                          -EINVAL);
-        assert_int_equal(decode_plain_changed(SQCOW2_LAYER_QCOW2, i, 1, 0x80),
+        assert_int_equal(decode_desc_changed(SQCOW2_LAYER_QCOW2, i, 1, 0x80),
                          -EINVAL);
     }
     /* A size and a time must fit QEMU's signed types. */
-    assert_int_equal(decode_plain_changed(SQCOW2_LAYER_RAW, 8, 8,
+    assert_int_equal(decode_desc_changed(SQCOW2_LAYER_RAW, 8, 8,
                                           1ULL << 63), -EINVAL);
-    assert_int_equal(decode_plain_changed(SQCOW2_LAYER_RAW, 16, 8,
+    assert_int_equal(decode_desc_changed(SQCOW2_LAYER_RAW, 16, 8,
                                           1ULL << 63), -EINVAL);
     /* A raw layer has neither header nor L1 table. */
     for (i = 0; i < 32; i++) {
-        assert_int_equal(decode_plain_changed(SQCOW2_LAYER_RAW, 24, 4,
+        assert_int_equal(decode_desc_changed(SQCOW2_LAYER_RAW, 24, 4,
                                               1U << i), -EINVAL);
-        assert_int_equal(decode_plain_changed(SQCOW2_LAYER_QCOW2, 24, 4,
+        assert_int_equal(decode_desc_changed(SQCOW2_LAYER_QCOW2, 24, 4,
                                               1U << i), 0);
+    }
+}
+
+static void test_desc_of_sqcow2(void **state)
+{
+    Sqcow2LayerDesc got, desc = {
+        .kind = SQCOW2_LAYER_SQCOW2,
+        .stamp = { 0xff, [15] = 0xee },
+    };
+    uint8_t buf[SQCOW2_DESC_SIZE], want[SQCOW2_DESC_SIZE] = {
+        3, [8] = 0xff, [23] = 0xee
+    };
+    int i;
+
+    memset(buf, 0x55, sizeof(buf));
+    sqcow2_encode_desc(&desc, buf);
+    assert_memory_equal(buf, want, sizeof(want));
+    assert_int_equal(decode_desc(buf, &got), 0);
+    assert_int_equal(got.kind, SQCOW2_LAYER_SQCOW2);
+    assert_memory_equal(got.stamp, desc.stamp, SQCOW2_STAMP_SIZE);
+
+    /* A stamp may be anything; all around it is zero. */
+    for (i = 1; i < SQCOW2_DESC_SIZE; i++) {
+        memcpy(buf, want, sizeof(buf));
+        buf[i] ^= 0x80;
+        assert_int_equal(decode_desc(buf, &got),
+                         i >= 8 && i < 24 ? 0 : -EINVAL);
     }
 }
 
@@ -1023,19 +1063,19 @@ static void test_random_record(void **state)
     assert_in_range(accepted, 1, RANDOM_ROUNDS * 49 / 50);
 }
 
-static void test_random_plain(void **state)
+static void test_random_desc(void **state)
 {
-    uint8_t buf[SQCOW2_PLAIN_SIZE], again[SQCOW2_PLAIN_SIZE];
+    uint8_t buf[SQCOW2_DESC_SIZE], again[SQCOW2_DESC_SIZE];
     int i, accepted = 0;
-    Sqcow2Plain plain;
+    Sqcow2LayerDesc desc;
 
     for (i = 0; i < RANDOM_ROUNDS; i++) {
         rng_bytes(buf, sizeof(buf));
         put_be(buf, 0, 8, (rng() & 3) << 56 | (rng() % 8 ? 0 : rng() & 0xff));
         put_be(buf, 28, 4, rng() % 8 ? 0 : rng());
-        if (decode_plain(buf, &plain) == 0) {
+        if (decode_desc(buf, &desc) == 0) {
             accepted++;
-            sqcow2_encode_plain(&plain, again);
+            sqcow2_encode_desc(&desc, again);
             assert_memory_equal(buf, again, sizeof(buf));
         }
     }
@@ -1061,9 +1101,10 @@ int main(void)
         cmocka_unit_test(test_record_bit_flips),
         cmocka_unit_test(test_record_unknown),
         cmocka_unit_test(test_record_tables),
-        cmocka_unit_test(test_record_plain_entries),
-        cmocka_unit_test(test_plain_round_trip),
-        cmocka_unit_test(test_plain_refused),
+        cmocka_unit_test(test_record_layer_table),
+        cmocka_unit_test(test_desc_round_trip),
+        cmocka_unit_test(test_desc_refused),
+        cmocka_unit_test(test_desc_of_sqcow2),
         cmocka_unit_test(test_inherit_standard),
         cmocka_unit_test(test_inherit_foreign),
         cmocka_unit_test(test_inherit_refused),
@@ -1071,7 +1112,7 @@ int main(void)
         cmocka_unit_test_setup(test_random_root, seed_rng),
         cmocka_unit_test_setup(test_random_inherit, seed_rng),
         cmocka_unit_test_setup(test_random_record, seed_rng),
-        cmocka_unit_test_setup(test_random_plain, seed_rng),
+        cmocka_unit_test_setup(test_random_desc, seed_rng),
     };
 
     cmocka_set_message_output(CM_OUTPUT_TAP);

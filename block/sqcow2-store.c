@@ -1,0 +1,468 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * sQcow2: write an index into an image
+ *
+ * Into a new image, after qcow2's code has created it; or into one that
+ * exists and has no valid index, or one that does not fit the layers below.
+ *
+ * Order on disk for a new image: tables, flush, then the one header write
+ * that sets the feature bit and names them.  For an existing one: new stamp
+ * and "index valid" cleared, flush; own L2 tables completed in place (what is
+ * not a standard entry means nothing while the index is invalid, so a cut
+ * anywhere is harmless) and new tables written, flush; then the record that
+ * names the new ones.  The old tables are freed last: a cut before that leaks
+ * them.
+ */
+#include "qemu/osdep.h"
+#include "qemu/crc32c.h"
+#include "qapi/error.h"
+#include "sqcow2-int.h"
+
+/* Allocate clusters, write @bytes of @buf and zeros behind; set @ref. */
+static int GRAPH_RDLOCK write_table(BlockDriverState *bs, const void *buf,
+                                    uint32_t entries, size_t entry_size,
+                                    Sqcow2TableRef *ref)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    uint64_t bytes = (uint64_t)entries * entry_size;
+    uint64_t padded = ROUND_UP(bytes, s->q.cluster_size);
+    g_autofree uint8_t *clusters = NULL;
+    int64_t host_offset;
+    int ret;
+
+    *ref = (Sqcow2TableRef) {};
+    if (!entries) {
+        return 0;
+    }
+    clusters = g_try_malloc0(padded);
+    if (!clusters) {
+        return -ENOMEM;
+    }
+    memcpy(clusters, buf, bytes);
+    host_offset = qcow2_alloc_clusters(bs, padded);
+    if (host_offset < 0) {
+        return host_offset;
+    }
+    ret = qcow2_pre_write_overlap_check(bs, 0, host_offset, padded, false);
+    if (ret == 0) {
+        ret = bdrv_pwrite(bs->file, host_offset, padded, clusters, 0);
+    }
+    *ref = (Sqcow2TableRef) {
+        .host_offset = host_offset,
+        .entries = entries,
+        .crc = crc32c(0xffffffff, clusters, bytes),
+    };
+    return ret;
+}
+
+/*
+ * Write merged tables and the root table of @view; set rec->root.  Entries of
+ * @view for tables in memory turn into entries for tables of this file.
+ */
+static int GRAPH_RDLOCK write_view(BlockDriverState *bs, Sqcow2View *view,
+                                   Sqcow2Record *rec)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    uint32_t table_entries = s->q.cluster_size / sizeof(uint64_t);
+    g_autofree uint64_t *raw = g_new(uint64_t, MAX(view->entries, 1));
+    bool empty = true;
+    int ret;
+
+    for (uint32_t i = 0; i < view->entries; i++) {
+        Sqcow2Root root = {
+            .kind = SQCOW2_ROOT_TABLE,
+            .layer = rec->layer,
+        };
+        Sqcow2TableRef ref;
+
+        empty = empty && !view->root[i];
+        if (view->root[i] >> 62 != SQCOW2_ROOT_MEMORY) {
+            continue;
+        }
+        ret = write_table(bs, g_ptr_array_index(view->tables,
+                                                (uint32_t)view->root[i]),
+                          table_entries, sizeof(uint64_t), &ref);
+        if (ret < 0) {
+            return ret;
+        }
+        root.host_offset = ref.host_offset;
+        view->root[i] = sqcow2_encode_root(&root, s->q.cluster_bits);
+    }
+    if (empty) {
+        return 0;               /* entries behind the end are absent */
+    }
+    for (uint32_t i = 0; i < view->entries; i++) {
+        raw[i] = cpu_to_be64(view->root[i]);
+    }
+    return write_table(bs, raw, view->entries, SQCOW2_ROOT_SIZE, &rec->root);
+}
+
+/*
+ * Describe @layers, all that lie below, in a new layer table; set
+ * rec->layer_table, and what the record says of the layer directly below.
+ */
+static int GRAPH_RDLOCK write_layer_table(BlockDriverState *bs,
+                                          const Sqcow2Layer *layers,
+                                          uint32_t nb_layers,
+                                          Sqcow2Record *rec, Error **errp)
+{
+    g_autofree uint8_t *buf = g_malloc0((size_t)nb_layers * SQCOW2_DESC_SIZE);
+    const Sqcow2Layer *top = &layers[nb_layers - 1];
+    int ret;
+
+    for (uint32_t i = 0; i < nb_layers; i++) {
+        Sqcow2LayerDesc desc;
+
+        if (layers[i].kind == SQCOW2_LAYER_SQCOW2 && !layers[i].has_stamp) {
+            error_setg(errp, "Layer %u, '%s', has no stamp; open it for "
+                       "writing once", i, layers[i].filename);
+            return -ENOTSUP;
+        }
+        ret = sqcow2_describe_layer(&layers[i], &desc, errp);
+        if (ret < 0) {
+            error_prepend(errp, "Layer %u, '%s', ", i, layers[i].filename);
+            return ret;
+        }
+        sqcow2_encode_desc(&desc, buf + i * SQCOW2_DESC_SIZE);
+    }
+    rec->layer = nb_layers;
+    rec->below_kind = top->kind;
+    if (top->kind == SQCOW2_LAYER_SQCOW2) {
+        memcpy(rec->below_stamp, top->stamp, SQCOW2_STAMP_SIZE);
+    }
+    ret = write_table(bs, buf, nb_layers, SQCOW2_DESC_SIZE,
+                      &rec->layer_table);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Could not write the layer table");
+    }
+    return ret;
+}
+
+/* The layer below has no index: build one, and describe the whole chain. */
+static int GRAPH_RDLOCK index_whole_chain(BlockDriverState *bs,
+                                          const Sqcow2Chain *chain,
+                                          Sqcow2View *view, Sqcow2Record *rec,
+                                          Error **errp)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    int ret;
+
+    /* Describe before reading: a change in between then shows */
+    ret = write_layer_table(bs, chain->layers, chain->nb_layers, rec, errp);
+    if (ret < 0) {
+        return ret;
+    }
+    return sqcow2_view_build(chain->layers, chain->nb_layers,
+                             s->q.cluster_bits, view, errp);
+}
+
+/* The layer below is indexed: share its tables. */
+static int index_snapshot(BDRVSqcow2State *s, const Sqcow2Chain *chain,
+                          Sqcow2View *view, Sqcow2Record *rec, Error **errp)
+{
+    const Sqcow2Record *lower = &chain->top_record;
+
+    if (lower->layer == SQCOW2_MAX_LAYERS - 1) {
+        error_setg(errp, "'%s' is layer %d, the last that an index can count; "
+                   "shorten the chain with 'qemu-img commit' or 'qemu-img "
+                   "convert'", chain->layers[0].filename, lower->layer);
+        return -EFBIG;
+    }
+    rec->layer = lower->layer + 1;
+    memcpy(rec->below_stamp, lower->stamp, SQCOW2_STAMP_SIZE);
+    return sqcow2_view_share(&chain->layers[0], lower, s->q.cluster_bits, view, errp);
+}
+
+/*
+ * Open what @bs names as its backing file and make its view.
+ * Returns 0; -EFBIG with @errp set when there is no index for the new layer;
+ * another negative errno with @errp set when the image must do without one.
+ */
+static int GRAPH_RDLOCK index_lower(BlockDriverState *bs, Sqcow2View *view,
+                                    Sqcow2Record *rec, Error **errp)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    Sqcow2Chain chain = {};
+    Sqcow2WalkOptions opts = {
+        .filename = bs->filename,
+        .backing = bs->auto_backing_file,
+        .backing_fmt = bs->backing_format,
+        .cluster_bits = s->q.cluster_bits,
+        .one_hop = true,
+        .locking = qemu_has_ofd_lock(),
+    };
+    int ret;
+
+    ret = sqcow2_walk(&opts, &chain, errp);
+    if (ret < 0) {
+        return ret;
+    }
+    rec->below_kind = chain.layers[0].kind;
+    if (rec->below_kind == SQCOW2_LAYER_SQCOW2 && chain.top_has_record &&
+        chain.top_record.flags & SQCOW2_FLAG_INDEX_VALID) {
+        if (chain.top_record.flags & SQCOW2_FLAG_WRITING) {
+            error_setg(errp, "'%s' is being written, or was not closed",
+                       chain.layers[0].filename);
+            ret = -EAGAIN;
+        } else {
+            ret = index_snapshot(s, &chain, view, rec, errp);
+        }
+    } else {
+        sqcow2_chain_free(&chain);
+        opts.one_hop = false;
+        ret = sqcow2_walk(&opts, &chain, errp);
+        if (ret == 0) {
+            ret = index_whole_chain(bs, &chain, view, rec, errp);
+        }
+    }
+    if (ret == 0) {
+        ret = write_view(bs, view, rec);
+        if (ret < 0) {
+            error_setg_errno(errp, -ret, "Could not write the index");
+        }
+    }
+    sqcow2_chain_free(&chain);
+    return ret;
+}
+
+int coroutine_fn sqcow2_index_create(BlockDriverState *bs, Error **errp)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    Sqcow2Record rec = {};
+    Sqcow2View view = {};
+    Error *local_err = NULL;
+    int ret = 0;
+
+    if (has_subclusters(&s->q) || has_data_file(bs) || bs->encrypted) {
+        ret = -ENOTSUP;
+    } else if (bs->auto_backing_file[0]) {
+        ret = index_lower(bs, &view, &rec, &local_err);
+    }
+    sqcow2_view_free(&view);
+    if (ret == -EFBIG || ret == -EIO || ret == -ENOSPC || ret == -EINVAL) {
+        error_propagate(errp, local_err);
+        return ret;
+    }
+    error_free(local_err);
+    if (ret == 0) {
+        rec.flags = SQCOW2_FLAG_INDEX_VALID;
+    } else {
+        rec = (Sqcow2Record) {};
+    }
+
+    s->record = rec;
+    ret = sqcow2_record_new_stamp(s, errp);
+    if (ret < 0) {
+        return ret;
+    }
+    ret = qcow2_flush_caches(bs);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Could not write the index");
+        return ret;
+    }
+    /* Tables are on disk; now the one header write that makes them count */
+    s->q.incompatible_features |= SQCOW2_INCOMPAT_INDEX;
+    s->has_record = true;
+    s->changed = true;
+    sqcow2_record_store(bs);
+    ret = qcow2_update_header(bs);
+    if (ret == 0) {
+        ret = bdrv_flush(bs->file->bs);
+    }
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Could not write the sQcow2 header%s",
+                         ret == -ENOSPC ? " (does the backing file name fit "
+                         "into the first cluster?)" : "");
+    }
+    return ret;
+}
+
+/* Complete one own L2 table from the view below; S7. */
+static int GRAPH_RDLOCK complete_table(BlockDriverState *bs, int l1_index,
+                                       uint64_t l2_offset)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    unsigned slice_entries = s->q.l2_slice_size;
+    g_autofree uint64_t *inherited = g_new(uint64_t, slice_entries);
+
+    for (unsigned slice = 0; slice < s->q.l2_size / slice_entries; slice++) {
+        uint64_t *own;
+        bool dirty = false;
+        int ret;
+
+        memset(inherited, 0, slice_entries * sizeof(uint64_t));
+        ret = sqcow2_inherit_slice(bs, l1_index, slice, inherited);
+        if (ret == 0) {
+            ret = qcow2_cache_get(bs, s->q.l2_table_cache, l2_offset +
+                                  slice * slice_entries * sizeof(uint64_t),
+                                  (void **)&own);
+        }
+        if (ret < 0) {
+            return ret;
+        }
+        for (unsigned i = 0; i < slice_entries; i++) {
+            uint64_t entry = be64_to_cpu(own[i]);
+
+            if ((!entry || sqcow2_entry_is_foreign(entry)) &&
+                own[i] != inherited[i]) {
+                own[i] = inherited[i];
+                dirty = true;
+            }
+        }
+        if (dirty) {
+            qcow2_cache_entry_mark_dirty(s->q.l2_table_cache, own);
+        }
+        qcow2_cache_put(s->q.l2_table_cache, (void **)&own);
+    }
+    return 0;
+}
+
+static int GRAPH_RDLOCK complete_tables(BlockDriverState *bs,
+                                        const uint64_t *l1, uint64_t entries)
+{
+    BDRVSqcow2State *s = bs->opaque;
+
+    for (uint64_t i = 0; i < entries; i++) {
+        uint64_t l2_offset = l1[i] & L1E_OFFSET_MASK;
+        int ret;
+
+        if (!l2_offset) {
+            continue;
+        }
+        if (offset_into_cluster(&s->q, l2_offset)) {
+            return -EIO;
+        }
+        ret = complete_table(bs, i, l2_offset);
+        if (ret < 0) {
+            return ret;
+        }
+    }
+    return 0;
+}
+
+/* The tables of internal snapshots; those of the active disk may be shared */
+static int GRAPH_RDLOCK complete_snapshots(BlockDriverState *bs)
+{
+    BDRVSqcow2State *s = bs->opaque;
+
+    for (int i = 0; i < s->q.nb_snapshots; i++) {
+        QCowSnapshot *sn = &s->q.snapshots[i];
+        uint64_t entries = MIN(sn->l1_size, s->q.l1_vm_state_index);
+        g_autofree uint64_t *l1 = g_try_new(uint64_t, MAX(entries, 1));
+        int ret;
+
+        /* S10 keeps us from telling what lies behind the active disk's end */
+        if (size_to_l1(&s->q, sn->disk_size) > s->q.l1_vm_state_index) {
+            return -ENOTSUP;
+        }
+        if (!l1) {
+            return -ENOMEM;
+        }
+        entries = MIN(entries, size_to_l1(&s->q, sn->disk_size));
+        ret = bdrv_pread(bs->file, sn->l1_table_offset, entries * L1E_SIZE,
+                         l1, 0);
+        for (uint64_t j = 0; j < entries; j++) {
+            l1[j] = be64_to_cpu(l1[j]);
+        }
+        if (ret == 0) {
+            ret = complete_tables(bs, l1, entries);
+        }
+        if (ret < 0) {
+            return ret;
+        }
+    }
+    return 0;
+}
+
+/* Free what @old names: its root and layer tables, and merged tables. */
+static void GRAPH_RDLOCK free_tables(BlockDriverState *bs,
+                                     const Sqcow2Record *old)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    Sqcow2View view;
+
+    if (sqcow2_view_read(bs, old, &view, NULL) == 0) {
+        for (uint32_t i = 0; i < view.entries; i++) {
+            Sqcow2Root root;
+
+            if (sqcow2_decode_root(view.root[i], old->layer,
+                                   s->q.cluster_bits, &root) == 0 &&
+                root.kind == SQCOW2_ROOT_TABLE && root.layer == old->layer) {
+                qcow2_free_clusters(bs, root.host_offset, s->q.cluster_size,
+                                    QCOW2_DISCARD_OTHER);
+            }
+        }
+        sqcow2_view_free(&view);
+    }
+    if (old->root.entries) {
+        qcow2_free_clusters(bs, old->root.host_offset,
+                            (uint64_t)old->root.entries * SQCOW2_ROOT_SIZE,
+                            QCOW2_DISCARD_OTHER);
+    }
+    if (old->layer_table.entries) {
+        qcow2_free_clusters(bs, old->layer_table.host_offset,
+                            (uint64_t)old->layer_table.entries *
+                            SQCOW2_DESC_SIZE, QCOW2_DISCARD_OTHER);
+    }
+}
+
+/* Make the record name the new tables; on failure it is as before. */
+static int GRAPH_RDLOCK switch_record(BlockDriverState *bs,
+                                      const Sqcow2Record *rec)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    Sqcow2Record old = s->record;
+    int ret;
+
+    s->record = *rec;
+    s->record.flags = old.flags | SQCOW2_FLAG_INDEX_VALID;
+    memcpy(s->record.stamp, old.stamp, SQCOW2_STAMP_SIZE);
+    ret = sqcow2_record_write(bs);
+    if (ret < 0) {
+        s->record = old;
+    }
+    return ret;
+}
+
+int sqcow2_index_store(BlockDriverState *bs, Error **errp)
+{
+    ERRP_GUARD();
+    BDRVSqcow2State *s = bs->opaque;
+    Sqcow2Record old = s->record, rec = {};
+    int ret;
+
+    assert(s->mode == SQCOW2_MODE_REBUILT && s->has_record);
+
+    ret = sqcow2_begin_change_locked(bs);
+    if (ret == 0) {
+        ret = sqcow2_invalidate_index(bs);
+    }
+    if (ret == 0) {
+        ret = write_layer_table(bs, s->layers, s->layer, &rec, errp);
+        if (ret < 0) {
+            return ret;
+        }
+    }
+    if (ret == 0) {
+        ret = complete_tables(bs, s->q.l1_table, s->q.l1_vm_state_index);
+    }
+    if (ret == 0) {
+        ret = complete_snapshots(bs);
+    }
+    if (ret == 0) {
+        ret = write_view(bs, &s->view, &rec);
+    }
+    if (ret == 0) {
+        ret = qcow2_flush_caches(bs);
+    }
+    if (ret == 0) {
+        ret = switch_record(bs, &rec);
+    }
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Could not store the index");
+        return ret;
+    }
+    s->mode = SQCOW2_MODE_INDEXED;
+    free_tables(bs, &old);
+    return 0;
+}
