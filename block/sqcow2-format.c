@@ -149,7 +149,8 @@ int sqcow2_decode_record(const uint8_t *buf, size_t len, int cluster_bits,
     if (rec->layer_table.entries &&
         rec->layer_table.entries != rec->layer) {
         error_setg(errp, "sQcow2 layer table describes %" PRIu32
-                   " layers below layer %d", rec->layer_table.entries, rec->layer);
+                   " layers below layer %d", rec->layer_table.entries,
+                   rec->layer);
         return -EINVAL;
     }
     if (!buffer_is_zero(buf + REC_REDIRECT, REC_BELOW_KIND - REC_REDIRECT)) {

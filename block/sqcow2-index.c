@@ -41,7 +41,7 @@ typedef struct Builder {
     uint64_t nb_regions;
 } Builder;
 
-static bool show_progress;      /* set once by qemu-img, before any other call */
+static bool show_progress;      /* set once, by qemu-img, at start */
 
 void sqcow2_show_progress(void)
 {

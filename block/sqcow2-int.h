@@ -105,7 +105,7 @@ typedef struct BDRVSqcow2State {
 typedef struct Sqcow2Extent {
     Sqcow2ClusterKind kind;
     uint16_t owner;
-    /* DATA: of the first byte; COMPRESSED: the descriptor, as qcow2 stores it */
+    /* DATA: of the first byte; COMPRESSED: the descriptor, as in qcow2 */
     uint64_t host_offset;
     /* Of the same kind and owner; DATA: and adjacent in the owner's file */
     uint64_t bytes;

@@ -170,7 +170,8 @@ static int index_snapshot(BDRVSqcow2State *s, const Sqcow2Chain *chain,
     }
     rec->layer = lower->layer + 1;
     memcpy(rec->below_stamp, lower->stamp, SQCOW2_STAMP_SIZE);
-    return sqcow2_view_share(&chain->layers[0], lower, s->q.cluster_bits, view, errp);
+    return sqcow2_view_share(&chain->layers[0], lower, s->q.cluster_bits,
+                             view, errp);
 }
 
 /*

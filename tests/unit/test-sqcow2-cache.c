@@ -123,7 +123,7 @@ static void test_budget(void **state)
 static void test_random(void **state)
 {
     const char *env = getenv("SQCOW2_TEST_SEED");
-    uint32_t seed = env ? strtoul(env, NULL, 0) : DEFAULT_SEED;
+    uint32_t seed = env ? atoi(env) : DEFAULT_SEED;
     GRand *rand = g_rand_new_with_seed(seed);
 
     print_message("seed %u\n", seed);
