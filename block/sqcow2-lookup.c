@@ -151,14 +151,16 @@ static int decode_at(Lookup *l, unsigned index, uint64_t guest_offset,
                      Sqcow2Cluster *cluster)
 {
     BDRVSqcow2State *s = l->s;
-    uint64_t entry;
+    int ret;
 
     if (l->own_slice) {
-        entry = be64_to_cpu(l->own_slice[index]);
+        ret = sqcow2_decode_entry(be64_to_cpu(l->own_slice[index]), s->layer,
+                                  s->q.cluster_bits, cluster);
+        /* While rebuilt, neither foreign entries nor absence count (S1) */
         if (s->mode == SQCOW2_MODE_INDEXED ||
-            (entry && !sqcow2_entry_is_foreign(entry))) {
-            return sqcow2_decode_entry(entry, s->layer, s->q.cluster_bits,
-                                       cluster);
+            (cluster->own_table && (ret < 0 ||
+                                    cluster->kind != SQCOW2_ABSENT))) {
+            return ret;
         }
     }
     return decode_below(s, &l->below, index, guest_offset, cluster);
