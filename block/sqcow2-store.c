@@ -341,6 +341,18 @@ static int GRAPH_RDLOCK complete_tables(BlockDriverState *bs,
     return 0;
 }
 
+/* S10 keeps us from telling what lies behind the active disk's end. */
+static bool snapshots_fit(BDRVSqcow2State *s)
+{
+    for (int i = 0; i < s->q.nb_snapshots; i++) {
+        if (size_to_l1(&s->q, s->q.snapshots[i].disk_size) >
+            s->q.l1_vm_state_index) {
+            return false;
+        }
+    }
+    return true;
+}
+
 /* The tables of internal snapshots; those of the active disk may be shared */
 static int GRAPH_RDLOCK complete_snapshots(BlockDriverState *bs)
 {
@@ -352,10 +364,6 @@ static int GRAPH_RDLOCK complete_snapshots(BlockDriverState *bs)
         g_autofree uint64_t *l1 = g_try_new(uint64_t, MAX(entries, 1));
         int ret;
 
-        /* S10 keeps us from telling what lies behind the active disk's end */
-        if (size_to_l1(&s->q, sn->disk_size) > s->q.l1_vm_state_index) {
-            return -ENOTSUP;
-        }
         if (!l1) {
             return -ENOMEM;
         }
@@ -434,6 +442,11 @@ int sqcow2_index_store(BlockDriverState *bs, Error **errp)
 
     assert(s->mode == SQCOW2_MODE_REBUILT && s->has_record);
 
+    if (!snapshots_fit(s)) {
+        error_setg(errp, "An internal snapshot is larger than the disk; no "
+                   "index can be stored");
+        return -ENOTSUP;
+    }
     ret = sqcow2_begin_change_locked(bs);
     if (ret == 0) {
         ret = sqcow2_invalidate_index(bs);
@@ -456,7 +469,14 @@ int sqcow2_index_store(BlockDriverState *bs, Error **errp)
     if (ret == 0) {
         ret = qcow2_flush_caches(bs);
     }
-    if (ret == 0) {
+    if (ret < 0) {
+        /* Not the root table: the view in memory uses tables that it names */
+        if (rec.layer_table.entries) {
+            qcow2_free_clusters(bs, rec.layer_table.host_offset,
+                                (uint64_t)rec.layer_table.entries *
+                                SQCOW2_DESC_SIZE, QCOW2_DISCARD_OTHER);
+        }
+    } else {
         ret = switch_record(bs, &rec);
     }
     if (ret < 0) {

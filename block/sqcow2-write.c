@@ -215,7 +215,9 @@ sqcow2_co_check(BlockDriverState *bs, BdrvCheckResult *result,
     qemu_co_mutex_lock(&s->q.lock);
     ret = sqcow2_index_store(bs, &local_err);
     qemu_co_mutex_unlock(&s->q.lock);
-    if (ret < 0) {
+    if (ret == -ENOTSUP) {
+        warn_report_err(local_err);     /* it works without, if slower */
+    } else if (ret < 0) {
         error_report_err(local_err);
         result->check_errors++;
     }
