@@ -238,9 +238,10 @@ sqcow2_co_invalidate_cache(BlockDriverState *bs, Error **errp)
     s->changed = false;
     /*
      * While inactive another process wrote the image; that leaves the view of
-     * the layers below as it was.  If it is not, start over.
+     * the layers below as it was.  If it is not, start over.  A rebuilt view
+     * takes nothing but standard entries from this image.
      */
-    if (s->mode != SQCOW2_MODE_OFF &&
+    if (s->mode == SQCOW2_MODE_INDEXED &&
         (had_record != s->has_record || old.layer != s->record.layer ||
          old.below_kind != s->record.below_kind ||
          memcmp(&old.below_stamp, &s->record.below_stamp,
