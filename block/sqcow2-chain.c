@@ -103,7 +103,7 @@ static bool load_index(BlockDriverState *bs)
         error_free(local_err);
     }
     if (s->distrust) {
-        warn_report("%s: %s; building the index anew in memory", bs->filename,
+        warn_report("%s: %s; building the index anew", bs->filename,
                     s->distrust);
         return false;
     }
@@ -122,16 +122,14 @@ void sqcow2_renew_cache(BlockDriverState *bs)
 }
 
 /*
- * An image that was made without an index, as over a disk in use, gets one
- * when it is first opened for writing.  One whose index does not fit keeps
- * it until a repair is asked for.
+ * An image without an index, or with one that does not fit, gets one when it
+ * is opened for writing: its first new table would invalidate the old one.
  */
-static void GRAPH_RDLOCK store_first_index(BlockDriverState *bs)
+static void GRAPH_RDLOCK store_if_writable(BlockDriverState *bs)
 {
     BDRVSqcow2State *s = bs->opaque;
 
     if (s->mode == SQCOW2_MODE_REBUILT && s->has_record &&
-        !(s->record.flags & SQCOW2_FLAG_INDEX_VALID) &&
         bdrv_is_writable(bs) &&
         !(bs->open_flags & (BDRV_O_INACTIVE | BDRV_O_CHECK))) {
         /* On failure the view in memory serves */
@@ -155,7 +153,7 @@ static int GRAPH_RDLOCK make_view(BlockDriverState *bs, Error **errp)
         s->mode = SQCOW2_MODE_REBUILT;
     }
     sqcow2_renew_cache(bs);
-    store_first_index(bs);
+    store_if_writable(bs);
     return 0;
 }
 
