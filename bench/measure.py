@@ -9,8 +9,8 @@ import subprocess
 from pathlib import Path
 from typing import Callable, Sequence
 
-from tools import (BenchError, Image, QemuIo, Timed, Tools, describe_status, run, timed,
-                   timed_ok)
+from tools import (BenchError, Image, QemuIo, Tools, cpu_seconds, describe_status, run,
+                   timed, timed_ok)
 
 BLOCK = 4096
 MIB = 1 << 20
@@ -77,11 +77,18 @@ def sequential_write(tools: Tools, image: Image, requests: int) -> float:
 def try_reads(tools: Tools, image: Image, size: int, requests: int) -> tuple[float, int]:
     """Seconds per 4 KiB read, one at a time, and the exit status; 0 s if it fails."""
     command = _bench(tools, image, size, requests, 1, 'threads')
-    subprocess.run(command, capture_output=True, check=False, timeout=600)
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     if result.returncode:
         return 0, result.returncode
     return _run_seconds(result.stdout) / requests, 0
+
+
+def cpu_per_read(tools: Tools, image: Image, size: int, requests: int, depth: int) -> float:
+    """Microseconds of processor time per read, from the difference of two runs."""
+    random_io(tools, image, size, 3 * requests)
+    few, many = (cpu_seconds(_bench(tools, image, size, count, depth, 'io_uring'))
+                 for count in (requests, 3 * requests))
+    return 1e6 * (many - few) / (2 * requests)
 
 
 def instruction_counter() -> str:
@@ -115,11 +122,12 @@ def instructions_per_read(tools: Tools, image: Image, size: int, counter: str,
                           requests: int) -> float:
     """The difference of two runs, so that start, opening and first misses drop out.
 
-    io_uring, because with threads the count depends on who waits how long for whom; and
-    in the page cache, because a read that has to wait goes once more through the main loop.
+    io_uring, because with threads the count depends on who waits how long for whom; in the
+    page cache, because a read that has to wait goes once more through the main loop; and 16
+    at a time, because how often one read goes through it is a matter of luck.
     """
     random_io(tools, image, size, 3 * requests)
-    few, many = (instructions(_bench(tools, image, size, count, 1, 'io_uring'), counter)
+    few, many = (instructions(_bench(tools, image, size, count, 16, 'io_uring'), counter)
                  for count in (requests, 3 * requests))
     return (many - few) / (2 * requests)
 
@@ -127,16 +135,6 @@ def instructions_per_read(tools: Tools, image: Image, size: int, counter: str,
 def open_seconds(tools: Tools, image: Image) -> float:
     """Start qemu-io, open, close, end."""
     return timed_ok([tools.io, '-r', '-f', image.fmt, '-c', 'quit', str(image.path)])
-
-
-def try_open(tools: Tools, image: Image) -> Timed:
-    """As open_seconds, for a chain that may be too much for the driver."""
-    return timed([tools.io, '-r', '-f', image.fmt, '-c', 'quit', str(image.path)])
-
-
-def start_seconds(tools: Tools) -> float:
-    """Start and end of a qemu-io that opens nothing."""
-    return timed_ok([tools.io, '-c', 'quit'])
 
 
 def peak_rss(tools: Tools, image: Image, read_size: int = 0) -> float:

@@ -11,7 +11,7 @@ import re
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any, Sequence
 
 
@@ -49,10 +49,15 @@ class Figure:
 
     @property
     def verdict(self) -> str:
-        """What is printed beside the limit."""
+        """What is printed beside the limit; unsure if a quarter of the runs say otherwise."""
         if self.limit is None:
             return ''
-        return 'met' if self.limit.met(self.value) else 'NOT met'
+        verdict = 'met' if self.limit.met(self.value) else 'NOT met'
+        if len(self.samples) > 2:
+            lower, _, upper = quantiles(self.samples, n=4)
+            if self.limit.met(lower) != self.limit.met(upper):
+                verdict += ', unsure'
+        return verdict
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

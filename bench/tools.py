@@ -117,6 +117,20 @@ def shorten(command: Sequence[str]) -> str:
     return line if len(line) < 300 else line[:300] + ' ...'
 
 
+def cpu_seconds(command: Sequence[str]) -> float:
+    """Processor time, user and system, that a command takes on all its threads.
+
+    It tells the cost of the work on a busy machine too, where wall time tells little.
+    """
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise BenchError(f'{describe_status(process.returncode)}: {shorten(command)}')
+    return float(usage.ru_utime + usage.ru_stime)
+
+
 @dataclass(frozen=True)
 class Timed:
     """One timed run; a run that failed is a result too."""
@@ -148,13 +162,18 @@ def timed_ok(command: Sequence[str], cwd: Path | None = None, timeout: float = 6
 
 
 class QemuIo:
-    """A qemu-io that stays open, so that its memory can be looked at."""
+    """A qemu-io that stays open, so that its memory can be looked at.
 
-    def __init__(self, tools: Tools, image: Image) -> None:
-        self._process = subprocess.Popen(
-            [tools.io, '-r', '-f', image.fmt, str(image.path)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    `ready_seconds` is the time until its first prompt: start and, with an image, opening.
+    """
+
+    def __init__(self, tools: Tools, image: Image | None = None) -> None:
+        opened = ['-r', '-f', image.fmt, str(image.path)] if image else []
+        start = time.perf_counter()
+        self._process = subprocess.Popen([tools.io, *opened], stdin=subprocess.PIPE,
+                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self._await_prompt()
+        self.ready_seconds = time.perf_counter() - start
 
     def __enter__(self) -> 'QemuIo':
         return self
@@ -170,7 +189,7 @@ class QemuIo:
             more = os.read(self._process.stdout.fileno(), 65536)
             if not more:
                 status = describe_status(self._process.wait())
-                raise BenchError(f'qemu-io: {status} {said.decode(errors="replace")}')
+                raise BenchError(f'qemu-io: {status}: {said.decode(errors="replace")}')
             said += more
         return said[:-len(PROMPT)].decode(errors='replace')
 
