@@ -75,6 +75,70 @@ read_table(BlockDriverState *bs, const Sqcow2TableRef *ref, size_t entry_size,
     return -EINVAL;
 }
 
+/* @merged: the table is named by the root table, and owns nothing itself */
+static void check_foreign_table(BDRVSqcow2State *s, const Sqcow2Record *rec,
+                                const uint64_t *table, uint32_t l1_index,
+                                bool merged, BdrvCheckResult *res)
+{
+    for (int j = 0; j < s->q.l2_size; j++) {
+        uint64_t entry = be64_to_cpu(table[j]);
+        Sqcow2Cluster cluster;
+
+        if (sqcow2_entry_is_foreign(entry) ?
+            sqcow2_decode_entry(entry, rec->layer, s->q.cluster_bits,
+                                &cluster) < 0 : merged && entry) {
+            finding(res, "%s L2 entry 0x%" PRIx64 " is invalid (L1 index "
+                    "%u, L2 index %d) (S6)", merged ? "merged" : "foreign",
+                    entry, l1_index, j);
+        }
+    }
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+count_merged_table(BlockDriverState *bs, const Sqcow2Record *rec,
+                   uint32_t l1_index, uint64_t host_offset,
+                   BdrvCheckResult *res, void **refcount_table,
+                   int64_t *nb_clusters)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    g_autofree uint64_t *table = g_malloc0(s->q.cluster_size);
+    int ret;
+
+    ret = qcow2_inc_refcounts_imrt(bs, res, refcount_table, nb_clusters,
+                                   host_offset, s->q.cluster_size);
+    if (ret < 0 || has_subclusters(&s->q)) {
+        return ret;
+    }
+    ret = bdrv_co_pread(bs->file, host_offset, s->q.cluster_size, table, 0);
+    if (ret < 0) {
+        fprintf(stderr, "ERROR could not read a merged L2 table: %s\n",
+                strerror(-ret));
+        res->check_errors++;
+        return 0;
+    }
+    check_foreign_table(s, rec, table, l1_index, true, res);
+    return 0;
+}
+
+static void coroutine_fn GRAPH_RDLOCK
+check_layer_table(BlockDriverState *bs, const Sqcow2Record *rec,
+                  BdrvCheckResult *res)
+{
+    g_autofree uint8_t *raw = NULL;
+    Sqcow2LayerDesc desc;
+
+    if (!rec->layer_table.entries ||
+        read_table(bs, &rec->layer_table, SQCOW2_DESC_SIZE, "layer", res,
+                   &raw) < 0) {
+        return;
+    }
+    for (uint32_t i = 0; i < rec->layer_table.entries; i++) {
+        if (sqcow2_decode_desc(raw + i * SQCOW2_DESC_SIZE, &desc, NULL) < 0) {
+            finding(res, "sQcow2 layer table entry %u is invalid (S2)", i);
+        }
+    }
+}
+
 static int coroutine_fn GRAPH_RDLOCK
 count_merged_tables(BlockDriverState *bs, const Sqcow2Record *rec,
                     BdrvCheckResult *res, void **refcount_table,
@@ -100,30 +164,13 @@ count_merged_tables(BlockDriverState *bs, const Sqcow2Record *rec,
         if (root.kind != SQCOW2_ROOT_TABLE || root.layer != rec->layer) {
             continue;
         }
-        ret = qcow2_inc_refcounts_imrt(bs, res, refcount_table, nb_clusters,
-                                       root.host_offset, s->q.cluster_size);
+        ret = count_merged_table(bs, rec, i, root.host_offset, res,
+                                 refcount_table, nb_clusters);
         if (ret < 0) {
             return ret;
         }
     }
     return 0;
-}
-
-static void check_foreign_table(BDRVSqcow2State *s, const Sqcow2Record *rec,
-                                const uint64_t *table, uint32_t l1_index,
-                                BdrvCheckResult *res)
-{
-    for (int j = 0; j < s->q.l2_size; j++) {
-        uint64_t entry = be64_to_cpu(table[j]);
-        Sqcow2Cluster cluster;
-
-        if (sqcow2_entry_is_foreign(entry) &&
-            sqcow2_decode_entry(entry, rec->layer, s->q.cluster_bits,
-                                &cluster) < 0) {
-            finding(res, "foreign L2 entry 0x%" PRIx64 " is invalid (L1 index "
-                    "%u, L2 index %d) (S6)", entry, l1_index, j);
-        }
-    }
 }
 
 /* S6 in the active L2 tables; upstream's check does not see foreign entries */
@@ -150,7 +197,7 @@ check_own_tables(BlockDriverState *bs, const Sqcow2Record *rec,
             res->check_errors++;
             return ret;
         }
-        check_foreign_table(s, rec, table, i, res);
+        check_foreign_table(s, rec, table, i, false, res);
     }
     return 0;
 }
@@ -177,6 +224,9 @@ int coroutine_fn sqcow2_count_refcounts(BlockDriverState *bs,
                                        rec.layer_table.host_offset,
                                        (uint64_t)rec.layer_table.entries *
                                        SQCOW2_DESC_SIZE);
+    }
+    if (ret == 0) {
+        check_layer_table(bs, &rec, res);
     }
     if (ret == 0 && rec.root.entries) {
         ret = count_merged_tables(bs, &rec, res, refcount_table, nb_clusters);

@@ -375,8 +375,9 @@ static int parse_qcow2(Sqcow2Layer *layer, bool want_sqcow2, LayerHeader *hdr,
         return ret;
     }
     if (features & SQCOW2_INCOMPAT_INDEX && !want_sqcow2) {
-        error_setg(errp, "is an sqcow2 image but is named as qcow2");
-        return -ENOTSUP;
+        error_setg(errp, "is an sqcow2 image but the backing format says "
+                   "qcow2; correct it with 'qemu-img rebase -u -F sqcow2'");
+        return -EINVAL;
     }
 
     backing_offset = ldq_be_p(buf + offsetof(QCowHeader, backing_file_offset));

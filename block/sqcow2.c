@@ -284,9 +284,13 @@ add_index(const char *filename, QDict *options, Error **errp)
     }
     bdrv_graph_co_rdlock();
     ret = sqcow2_index_create(blk_bs(blk), errp);
+    if (ret < 0 && filename) {
+        bdrv_co_delete_file_noerr(blk_bs(blk)->file->bs);
+    }
     bdrv_graph_co_rdunlock();
     blk_co_unref(blk);
-    return ret;
+    /* Creation's callers have a text of their own for this one */
+    return ret == -EFBIG ? -EINVAL : ret;
 }
 
 static int coroutine_fn GRAPH_UNLOCKED
