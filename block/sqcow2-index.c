@@ -39,6 +39,8 @@ typedef struct Builder {
     uint64_t region_size;
     Region *regions;
     uint64_t nb_regions;
+    uint64_t *buf;              /* for one table */
+    uint32_t steps;             /* layers done; each is visited twice */
 } Builder;
 
 static bool show_progress;      /* set once, by qemu-img, at start */
@@ -49,12 +51,12 @@ void sqcow2_show_progress(void)
     qemu_progress_init(true, 1.f);
 }
 
-/* @done of the 2 * b->nb_layers steps of a build */
-static void progress(const Builder *b, uint32_t done)
+static void progress(Builder *b)
 {
+    b->steps++;
     if (show_progress) {
-        qemu_progress_print(50.f * done / b->nb_layers, 0);
-        if (done == 2 * b->nb_layers) {
+        qemu_progress_print(50.f * b->steps / b->nb_layers, 0);
+        if (b->steps == 2 * b->nb_layers) {
             qemu_progress_end();
         }
     }
@@ -249,37 +251,47 @@ static int64_t read_l1(const Sqcow2Layer *layer, uint32_t index,
     return entries;
 }
 
-/* First pass: who has tables?  From the top layer down. */
-static int count_tables(Builder *b, uint32_t index, Error **errp)
-{
-    g_autofree uint64_t *l1 = NULL;
-    int64_t entries;
+typedef int TableFunc(Builder *b, uint32_t layer, uint64_t region,
+                      uint64_t host_offset, Error **errp);
 
-    if (b->layers[index].kind == SQCOW2_LAYER_RAW) {
-        return 0;
-    }
-    entries = read_l1(&b->layers[index], index, b->region_size, &l1, errp);
-    if (entries < 0) {
-        return entries;
-    }
-    for (int64_t i = 0; i < MIN(entries, b->nb_regions); i++) {
-        Region *region = &b->regions[i];
+/* Call @func for every L2 table of every layer, from the top layer down. */
+static int for_each_table(Builder *b, TableFunc *func, Error **errp)
+{
+    for (uint32_t layer = b->nb_layers; layer-- > 0; ) {
+        g_autofree uint64_t *l1 = NULL;
+        int64_t entries = 0;
         int ret;
 
-        if (!l1[i]) {
-            continue;
+        if (b->layers[layer].kind != SQCOW2_LAYER_RAW) {
+            entries = read_l1(&b->layers[layer], layer, b->region_size, &l1,
+                              errp);
         }
-        ret = table_in_file(&b->layers[index], index, l1[i], b->cluster_bits,
-                            errp);
-        if (ret < 0) {
-            return ret;
+        if (entries < 0) {
+            return entries;
         }
-        if (!region->nb_tables++) {
-            region->layer = index;
-            region->table_host_offset = l1[i];
+        for (int64_t i = 0; i < MIN(entries, b->nb_regions); i++) {
+            ret = l1[i] ? func(b, layer, i, l1[i], errp) : 0;
+            if (ret < 0) {
+                return ret;
+            }
         }
+        progress(b);
     }
     return 0;
+}
+
+/* First pass: who has a table for the region? */
+static int count_table(Builder *b, uint32_t layer, uint64_t i,
+                       uint64_t host_offset, Error **errp)
+{
+    Region *region = &b->regions[i];
+
+    if (!region->nb_tables++) {
+        region->layer = layer;
+        region->table_host_offset = host_offset;
+    }
+    return table_in_file(&b->layers[layer], layer, host_offset,
+                         b->cluster_bits, errp);
 }
 
 /*
@@ -296,15 +308,25 @@ static bool can_share(Builder *b, const Region *region, uint64_t i)
 
 /* Second pass: add to region @i what @index owns and no higher layer does. */
 static int merge_table(Builder *b, uint32_t index, uint64_t i,
-                       uint64_t host_offset, uint64_t *buf, Error **errp)
+                       uint64_t host_offset, Error **errp)
 {
     const Sqcow2Layer *layer = &b->layers[index];
     Region *region = &b->regions[i];
     uint64_t guest_offset = i * b->region_size;
     int ret;
 
+    if (can_share(b, region, i)) {
+        return 0;
+    }
+    if (!region->merged) {
+        region->merged = g_try_malloc0(1ULL << b->cluster_bits);
+        if (!region->merged) {
+            error_setg(errp, "The index does not fit in memory");
+            return -ENOMEM;
+        }
+    }
     ret = sqcow2_layer_pread(layer, host_offset, 1ULL << b->cluster_bits,
-                             buf);
+                             b->buf);
     if (ret < 0) {
         error_setg_errno(errp, -ret, "Could not read an L2 table of layer "
                          "%u, '%s'", index, layer->filename);
@@ -312,7 +334,7 @@ static int merge_table(Builder *b, uint32_t index, uint64_t i,
     }
     for (uint64_t j = 0; j < b->table_entries; j++,
          guest_offset += 1ULL << b->cluster_bits) {
-        uint64_t entry = be64_to_cpu(buf[j]);
+        uint64_t entry = be64_to_cpu(b->buf[j]);
 
         if (!entry || region->merged[j] || guest_offset >= layer->clip) {
             continue;
@@ -330,40 +352,6 @@ static int merge_table(Builder *b, uint32_t index, uint64_t i,
             return -EINVAL;
         }
         region->merged[j] = cpu_to_be64(entry);
-    }
-    return 0;
-}
-
-static int merge_layer(Builder *b, uint32_t index, uint64_t *buf, Error **errp)
-{
-    g_autofree uint64_t *l1 = NULL;
-    int64_t entries;
-
-    if (b->layers[index].kind == SQCOW2_LAYER_RAW) {
-        return 0;
-    }
-    entries = read_l1(&b->layers[index], index, b->region_size, &l1, errp);
-    if (entries < 0) {
-        return entries;
-    }
-    for (int64_t i = 0; i < MIN(entries, b->nb_regions); i++) {
-        Region *region = &b->regions[i];
-        int ret;
-
-        if (!l1[i] || can_share(b, region, i)) {
-            continue;
-        }
-        if (!region->merged) {
-            region->merged = g_try_malloc0(1ULL << b->cluster_bits);
-            if (!region->merged) {
-                error_setg(errp, "The index does not fit in memory");
-                return -ENOMEM;
-            }
-        }
-        ret = merge_table(b, index, i, l1[i], buf, errp);
-        if (ret < 0) {
-            return ret;
-        }
     }
     return 0;
 }
@@ -435,8 +423,7 @@ int sqcow2_view_build(const Sqcow2Layer *layers, uint32_t nb_layers,
         .cluster_bits = cluster_bits,
         .table_entries = (1ULL << cluster_bits) / sizeof(uint64_t),
     };
-    g_autofree uint64_t *buf = NULL;
-    int ret = 0;
+    int ret;
 
     *view = (Sqcow2View) {};
     b.region_size = b.table_entries << cluster_bits;
@@ -447,19 +434,15 @@ int sqcow2_view_build(const Sqcow2Layer *layers, uint32_t nb_layers,
                    nb_layers - 1, layers[nb_layers - 1].filename);
         return -EFBIG;
     }
-    buf = g_malloc(1ULL << cluster_bits);
     b.regions = g_try_new0(Region, MAX(b.nb_regions, 1));
     if (!b.regions) {
         error_setg(errp, "The index does not fit in memory");
         return -ENOMEM;
     }
-    for (uint32_t i = nb_layers; ret == 0 && i-- > 0; ) {
-        ret = count_tables(&b, i, errp);
-        progress(&b, nb_layers - i);
-    }
-    for (uint32_t i = nb_layers; ret == 0 && i-- > 0; ) {
-        ret = merge_layer(&b, i, buf, errp);
-        progress(&b, 2 * nb_layers - i);
+    b.buf = g_malloc(1ULL << cluster_bits);
+    ret = for_each_table(&b, count_table, errp);
+    if (ret == 0) {
+        ret = for_each_table(&b, merge_table, errp);
     }
     if (ret == 0) {
         finish_view(&b, view);
@@ -468,6 +451,7 @@ int sqcow2_view_build(const Sqcow2Layer *layers, uint32_t nb_layers,
         g_free(b.regions[i].merged);
     }
     g_free(b.regions);
+    g_free(b.buf);
     return ret;
 }
 

@@ -149,32 +149,23 @@ static int lock_layer(int fd, Error **errp)
         IMG_LOCK_PERM_BASE + IMG_LOCK_RESIZE,
     };
 
-    for (int i = 0; i < ARRAY_SIZE(held); i++) {
-        int ret = qemu_lock_fd(fd, held[i], 1, false);
+    int ret = 0;
 
-        if (ret == -EAGAIN || ret == -EACCES) {
-            goto busy;
-        } else if (ret < 0) {
-            error_setg_errno(errp, -ret, "cannot be locked");
-            return ret;
-        }
+    for (int i = 0; ret == 0 && i < ARRAY_SIZE(held); i++) {
+        ret = qemu_lock_fd(fd, held[i], 1, false);
     }
-    for (int i = 0; i < ARRAY_SIZE(tested); i++) {
-        int ret = qemu_lock_fd_test(fd, tested[i], 1, true);
-
-        if (ret == -EAGAIN || ret == -EACCES) {
-            goto busy;
-        } else if (ret < 0) {
-            error_setg_errno(errp, -ret, "cannot be locked");
-            return ret;
-        }
+    for (int i = 0; ret == 0 && i < ARRAY_SIZE(tested); i++) {
+        ret = qemu_lock_fd_test(fd, tested[i], 1, true);
     }
-    return 0;
-
-busy:
-    error_setg(errp, "is being written by another process "
-               "(its \"write\" lock is taken)");
-    return -EAGAIN;
+    if (ret == -EAGAIN || ret == -EACCES) {
+        error_setg(errp, "is being written by another process "
+                   "(its \"write\" lock is taken)");
+        return -EAGAIN;
+    }
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "cannot be locked");
+    }
+    return ret;
 }
 
 /* True the first time that this file is met. */
@@ -611,6 +602,9 @@ static void verify_by_stamp(Walk *w, const Sqcow2Layer *layer,
                memcmp(layer->stamp, w->above.below_stamp,
                       SQCOW2_STAMP_SIZE)) {
         distrust_modified(w, layer, index);
+    } else if (hdr->record.flags & SQCOW2_FLAG_WRITING) {
+        /* A copy made in the midst of the session that the stamp is for */
+        distrust_modified(w, layer, index);
     } else if (hdr->record.layer != index) {
         distrust(w, "layer '%s' has index %u instead of %u", layer->filename,
                  hdr->record.layer, index);
@@ -675,11 +669,11 @@ static int walk_hop(Walk *w, const char *above, const char *backing,
     const char *path;
     int ret;
 
-    layer.filename = bdrv_get_full_backing_filename_from_filename(above,
-                                                                  backing,
-                                                                  errp);
+    layer.filename = above ?
+        bdrv_get_full_backing_filename_from_filename(above, backing, errp) :
+        g_strdup(backing);
     if (!layer.filename) {
-        return -EINVAL;
+        return -ENOTSUP;
     }
     if (strstart(layer.filename, "file:", &path) ||
         !path_has_protocol(layer.filename)) {
@@ -711,11 +705,12 @@ static int walk_down(Walk *w, LayerHeader *top, Error **errp)
     const char *above = opts->filename;
     int ret;
 
-    pstrcpy(hdr->backing, sizeof(hdr->backing), opts->backing);
     pstrcpy(hdr->backing_fmt, sizeof(hdr->backing_fmt), opts->backing_fmt);
 
     do {
-        g_autofree char *backing = g_strdup(hdr->backing);
+        bool first = !w->layers->len;
+        g_autofree char *backing = g_strdup(first ? opts->backing
+                                                  : hdr->backing);
         g_autofree char *fmt = g_strdup(hdr->backing_fmt);
 
         if (w->layers->len == SQCOW2_MAX_LAYERS - 1) {
