@@ -156,6 +156,25 @@ sqcow2_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
     bdrv_default_perms(bs, c, role, queue, perm, shared, nperm, nshared);
 }
 
+/* The layer set is not for the user to name, nor for json: file names. */
+static void GRAPH_RDLOCK
+sqcow2_gather_child_options(BlockDriverState *bs, QDict *target,
+                            bool backing_overridden)
+{
+    BdrvChild *child;
+
+    QLIST_FOREACH(child, &bs->children, next) {
+        if (strcmp(child->name, "layers") &&
+            (child != bs->backing || backing_overridden)) {
+            qdict_put(target, child->name,
+                      qobject_ref(child->bs->full_open_options));
+        }
+    }
+    if (backing_overridden && !bs->backing) {
+        qdict_put_null(target, "backing");
+    }
+}
+
 /* Never the chain: asked for each request of some devices. */
 static bool coroutine_fn GRAPH_RDLOCK
 sqcow2_co_is_inserted(BlockDriverState *bs)
@@ -372,6 +391,7 @@ static void bdrv_sqcow2_init(void)
     bdrv_sqcow2.bdrv_close = sqcow2_close;
     bdrv_sqcow2.bdrv_reopen_prepare = sqcow2_reopen_prepare;
     bdrv_sqcow2.bdrv_reopen_commit = sqcow2_reopen_commit;
+    bdrv_sqcow2.bdrv_gather_child_options = sqcow2_gather_child_options;
     bdrv_sqcow2.bdrv_child_perm = sqcow2_child_perm;
     bdrv_sqcow2.bdrv_co_create = sqcow2_co_create;
     bdrv_sqcow2.bdrv_co_create_opts = sqcow2_co_create_opts;
