@@ -65,16 +65,23 @@ static int walk(BlockDriverState *bs, BlockDriverState *set_bs,
 {
     BDRVSqcow2State *s = bs->opaque;
     g_autofree uint8_t *layer_table = NULL;
+    g_autofree char *backing = NULL;
     bool valid = s->has_record && s->record.flags & SQCOW2_FLAG_INDEX_VALID;
     Sqcow2WalkOptions opts = {
-        .filename = bs->filename,
-        .backing = bs->auto_backing_file,
         .backing_fmt = bs->backing_format,
         .cluster_bits = s->q.cluster_bits,
         .locking = locking_wanted(bs),
         .set = set_bs,
     };
 
+    /* Through filters, file names of nodes tell nothing of directories */
+    bdrv_graph_rdlock_main_loop();
+    backing = bdrv_get_full_backing_filename(bs, errp);
+    bdrv_graph_rdunlock_main_loop();
+    if (!backing) {
+        return -ENOTSUP;        /* and the block layer's own words for it */
+    }
+    opts.backing = backing;
     if (valid) {
         layer_table = sqcow2_read_layer_table(bs, &s->record, NULL);
         opts.record = &s->record;

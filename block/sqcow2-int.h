@@ -139,7 +139,7 @@ static inline uint64_t sqcow2_region_size(const BDRVQcow2State *q)
  * broken.  On success the caller frees @chain.
  */
 typedef struct Sqcow2WalkOptions {
-    const char *filename;
+    const char *filename;       /* NULL: @backing is a full name */
     const char *backing;
     const char *backing_fmt;
     int cluster_bits;           /* of the active image */
