@@ -12,6 +12,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -40,6 +41,14 @@ def raise_file_limit() -> int:
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Fail before the work, not in the middle of it, when the disk is too small."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise BenchError(f'{folder} has {free >> 20} MiB free, {needed >> 20} MiB are needed: '
+                         'set TMPDIR to a folder on a larger disk')
 
 
 def describe_status(code: int) -> str:
