@@ -43,6 +43,11 @@ def raise_file_limit() -> int:
     return hard
 
 
+def clean_up_on_sigterm() -> None:
+    """Make SIGTERM end the program as Ctrl-C does, so that its work folder is removed."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 def require_space(folder: Path, needed: int) -> None:
     """Fail before the work, not in the middle of it, when the disk is too small."""
     free = shutil.disk_usage(folder).free
