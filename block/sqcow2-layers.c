@@ -257,7 +257,7 @@ void sqcow2_layers_go_direct(BlockDriverState *set_bs)
 
             /* Where it does not take, reads work all the same */
             if (fd >= 0) {
-                fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_DIRECT);
+                fcntl(fd, F_SETFL, O_DIRECT);
             }
         }
     }

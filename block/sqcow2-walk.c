@@ -185,6 +185,11 @@ static int open_local_layer(Walk *w, Sqcow2Layer *layer, Error **errp)
     int fd, ret;
 
     strstart(path, "file:", &path);
+    if (strstart(path, "/dev/fdset/", NULL)) {
+        /* The descriptor and its flags are the user's */
+        error_setg(errp, "is a descriptor that was handed over");
+        return -ENOTSUP;
+    }
     fd = open_file(path, errp);
     if (fd < 0) {
         return fd;
@@ -204,19 +209,23 @@ static int open_local_layer(Walk *w, Sqcow2Layer *layer, Error **errp)
                    "break the loop with 'qemu-img rebase -u'");
         return -ELOOP;
     }
-    size = S_ISREG(st.st_mode) ? st.st_size : lseek(fd, 0, SEEK_END);
-    if (size < 0) {
-        error_setg_errno(errp, errno, "has no size");
+    /* So much for FIFOs; io_uring would not wait for the disk either */
+    if (fcntl(fd, F_SETFL, 0) < 0) {
+        error_setg_errno(errp, errno, "cannot be set up");
         return -EIO;
     }
-    layer->file_size = size;
-
     if (w->opts->locking) {
         ret = lock_layer(fd, errp);
         if (ret < 0) {
             return ret;
         }
     }
+    size = lseek(fd, 0, SEEK_END);
+    if (size < 0) {
+        error_setg_errno(errp, errno, "has no size");
+        return -EIO;
+    }
+    layer->file_size = size;
     return 0;
 }
 

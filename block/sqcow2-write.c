@@ -189,11 +189,18 @@ sqcow2_co_change_backing_file(BlockDriverState *bs, const char *backing_file,
     BDRVSqcow2State *s = bs->opaque;
     int ret;
 
+    /* qcow2's code writes the header, with the record as it is in memory */
     qemu_co_mutex_lock(&s->q.lock);
-    ret = sqcow2_invalidate_index(bs);
+    ret = sqcow2_begin_change_locked(bs);
+    if (ret == 0) {
+        ret = sqcow2_invalidate_index(bs);
+    }
+    if (ret == 0) {
+        ret = bdrv_qcow2.bdrv_co_change_backing_file(bs, backing_file,
+                                                     backing_fmt);
+    }
     qemu_co_mutex_unlock(&s->q.lock);
-    return ret < 0 ? ret :
-        bdrv_qcow2.bdrv_co_change_backing_file(bs, backing_file, backing_fmt);
+    return ret;
 }
 
 static int coroutine_fn GRAPH_RDLOCK
