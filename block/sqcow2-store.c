@@ -256,15 +256,17 @@ int coroutine_fn sqcow2_index_create(BlockDriverState *bs, Error **errp)
     if (ret < 0) {
         return ret;
     }
-    ret = qcow2_flush_caches(bs);
+    /*
+     * Merged tables have no checksum and must be on disk before a header
+     * names them; a root table that did not get there is noticed.
+     */
+    ret = rec.layer_table.entries ? qcow2_flush_caches(bs)
+                                  : qcow2_write_caches(bs);
     if (ret < 0) {
         error_setg_errno(errp, -ret, "Could not write the index");
         return ret;
     }
-    /* Tables are on disk; now the one header write that makes them count */
     s->q.incompatible_features |= SQCOW2_INCOMPAT_INDEX;
-    s->has_record = true;
-    s->changed = true;
     sqcow2_record_store(bs);
     ret = qcow2_update_header(bs);
     if (ret == 0) {
