@@ -258,26 +258,26 @@ int sqcow2_open_flat(BlockDriverState *bs, QDict *options, Error **errp)
     return 1;
 }
 
-/* Replace one node's flat state by a backing node. */
+/*
+ * Replace one node's flat state by a backing node.  The layer set goes last:
+ * should the backing file not open any more, the node goes on as it was; and
+ * there is no time without locks.
+ */
 static int unflatten(BlockDriverState *bs, Error **errp)
 {
-    g_autoptr(QDict) none = qdict_new();
+    BDRVSqcow2State *s = bs->opaque;
+    Sqcow2Mode mode = s->mode;
+    int open_flags = bs->open_flags;
     int ret;
 
-    /* The locks on the layers go first: the nodes may want to write */
     bdrv_drained_begin(bs);
-    sqcow2_drop_flat(bs);
+    s->mode = SQCOW2_MODE_OFF;
     ret = bdrv_open_backing_file(bs, NULL, "backing", errp);
     if (ret < 0) {
-        Error *local_err = NULL;
-
-        flat_disabled = false;
-        if (sqcow2_open_flat(bs, none, &local_err) <= 0) {
-            error_append_hint(errp, "The image cannot be used any more: %s\n",
-                              local_err ? error_get_pretty(local_err) : "");
-            error_free(local_err);
-            bs->drv = NULL;
-        }
+        s->mode = mode;
+        bs->open_flags = open_flags;
+    } else {
+        sqcow2_drop_flat(bs);
     }
     bdrv_drained_end(bs);
     return ret;
