@@ -19,11 +19,22 @@
 /* As much as qcow2's own L2 cache takes at most by default */
 #define DEFAULT_CACHE_BYTES (32 * MiB)
 
-static bool flat_disabled;      /* main thread only */
+/* Which nodes get a backing node.  Main thread only. */
+static enum {
+    REAL_NONE,
+    REAL_TOP,                   /* those that are not backing nodes */
+    REAL_ALL,
+} real_nodes;
 
-void sqcow2_disable_flat(void)
+void sqcow2_disable_flat(bool all)
 {
-    flat_disabled = true;
+    real_nodes = all ? REAL_ALL : REAL_TOP;
+}
+
+static bool must_be_real(BlockDriverState *bs)
+{
+    return real_nodes == REAL_ALL ||
+           (real_nodes == REAL_TOP && !bs->inherits_from);
 }
 
 bool sqcow2_is_flat(BlockDriverState *bs)
@@ -200,7 +211,7 @@ static bool flat_possible(BlockDriverState *bs, QDict *options)
 {
     BDRVSqcow2State *s = bs->opaque;
 
-    return bs->drv == &bdrv_sqcow2 && !flat_disabled &&
+    return bs->drv == &bdrv_sqcow2 && !must_be_real(bs) &&
            sqcow2_has_index_bit(s) && bs->auto_backing_file[0] &&
            !(bs->open_flags & BDRV_O_COPY_ON_READ) &&
            !has_backing_options(options) && !has_subclusters(&s->q) &&
@@ -283,24 +294,26 @@ static int unflatten(BlockDriverState *bs, Error **errp)
     return ret;
 }
 
-int sqcow2_open_graph(BlockDriverState *bs, Error **errp)
+int sqcow2_open_graph(BlockDriverState *bs, bool all, Error **errp)
 {
     ERRP_GUARD();
-    bool was_disabled = flat_disabled;
+    int before = real_nodes;
+    bool filter = true;
     int ret = 0;
 
     GLOBAL_STATE_CODE();
 
-    while (bs && ret == 0) {
-        /* What is opened below comes up with real nodes all the way down */
-        flat_disabled = true;
+    while (bs && ret == 0 && (all || filter)) {
         if (sqcow2_is_flat(bs)) {
+            /* What is opened below: real all the way down, or flat */
+            real_nodes = all ? REAL_ALL : REAL_NONE;
             ret = unflatten(bs, errp);
+            real_nodes = before;
         }
+        filter = bs->drv && bs->drv->is_filter;
         bdrv_graph_rdlock_main_loop();
         bs = bs->drv ? bdrv_filter_or_cow_bs(bs) : NULL;
         bdrv_graph_rdunlock_main_loop();
     }
-    flat_disabled = was_disabled;
     return ret;
 }

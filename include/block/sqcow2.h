@@ -29,20 +29,21 @@ int sqcow2_open_flat(BlockDriverState *bs, QDict *options, Error **errp);
 bool sqcow2_is_flat(BlockDriverState *bs);
 
 /*
- * Make the process open real backing nodes from now on: for tools whose
- * subject is the node graph (commit, rebase, map).
+ * Open real backing nodes from now on, for tools whose subject is the node
+ * graph: for all layers, or just one below each image that is opened.
  */
-void sqcow2_disable_flat(void);
+void sqcow2_disable_flat(bool all);
 
 /* Let qemu-img show the progress of a merge of tables; main thread. */
 void sqcow2_show_progress(void);
 
 /*
- * Replace the flat state of @bs, and of every node below it, by backing
- * nodes, for jobs that work on them.  Main thread, no graph lock held.
+ * Give @bs a real backing node in place of its flat state, for jobs that
+ * work on it; filters on top of it are passed.  @all: and so all nodes below.
+ * Main thread, no graph lock held.
  * Returns 0, or a negative errno with @errp set; then @bs is as before.
  */
-int sqcow2_open_graph(BlockDriverState *bs, Error **errp);
+int sqcow2_open_graph(BlockDriverState *bs, bool all, Error **errp);
 
 /*
  * qcow2-cluster.c: fill @l2_slice, all zeros, of the new L2 table for
