@@ -22,7 +22,8 @@
 /* Which nodes get a backing node.  Main thread only. */
 static enum {
     REAL_NONE,
-    REAL_TOP,                   /* those that are not backing nodes */
+    REAL_TOP,                   /* those that are not backing nodes; filters
+                                 * may be on top of them */
     REAL_ALL,
 } real_nodes;
 
@@ -33,8 +34,12 @@ void sqcow2_disable_flat(bool all)
 
 static bool must_be_real(BlockDriverState *bs)
 {
+    BlockDriverState *above = bs->inherits_from;
+
+    /* A parent without driver yet opens its "file": it may be a filter */
     return real_nodes == REAL_ALL ||
-           (real_nodes == REAL_TOP && !bs->inherits_from);
+           (real_nodes == REAL_TOP &&
+            (!above || !above->drv || above->drv->is_filter));
 }
 
 bool sqcow2_is_flat(BlockDriverState *bs)
