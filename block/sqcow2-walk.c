@@ -646,7 +646,7 @@ static void verify_layer(Walk *w, const Sqcow2Layer *layer,
 static void free_layer(Sqcow2Layer *layer)
 {
     if (layer->fd >= 0) {
-        close(layer->fd);
+        qemu_close(layer->fd);      /* it may be from an fd set */
     }
     g_free(layer->filename);
 }
