@@ -22,8 +22,8 @@
 /* Which nodes get a backing node.  Main thread only. */
 static enum {
     REAL_NONE,
-    REAL_TOP,                   /* those that are not backing nodes; filters
-                                 * may be on top of them */
+    /* Those that are not backing nodes; filters may be on top of them */
+    REAL_TOP,
     REAL_ALL,
 } real_nodes;
 
