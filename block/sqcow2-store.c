@@ -486,6 +486,7 @@ int sqcow2_index_store(BlockDriverState *bs, Error **errp)
         return ret;
     }
     s->mode = SQCOW2_MODE_INDEXED;
+    g_clear_pointer(&s->distrust, g_free);
     free_tables(bs, &old);
     return 0;
 }

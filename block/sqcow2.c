@@ -66,11 +66,6 @@ static int sqcow2_open(BlockDriverState *bs, QDict *options, int flags,
     if (ret < 0) {
         return ret;
     }
-    if (sqcow2_has_index_bit(s) && s->q.qcow_version < 3) {
-        error_setg(errp, "An sqcow2 image must have qcow2 version 3");
-        bdrv_qcow2.bdrv_close(bs);
-        return -EINVAL;
-    }
     sqcow2_record_load(bs);
     return 0;
 }
@@ -154,6 +149,21 @@ sqcow2_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
         return;
     }
     bdrv_default_perms(bs, c, role, queue, perm, shared, nperm, nshared);
+}
+
+/*
+ * A flat node takes no backing node.  Permissions are refreshed by all who
+ * attach one, also where the block layer asks for a backing node only.
+ */
+static int GRAPH_RDLOCK sqcow2_check_perm(BlockDriverState *bs, uint64_t perm,
+                                          uint64_t shared, Error **errp)
+{
+    if (bs->backing && sqcow2_is_flat(bs)) {
+        error_setg(errp, "Node '%s' already has a backing chain",
+                   bs->node_name);
+        return -EINVAL;
+    }
+    return 0;
 }
 
 /* The layer set is not for the user to name, nor for json: file names. */
@@ -392,6 +402,7 @@ static void bdrv_sqcow2_init(void)
     bdrv_sqcow2.bdrv_reopen_prepare = sqcow2_reopen_prepare;
     bdrv_sqcow2.bdrv_reopen_commit = sqcow2_reopen_commit;
     bdrv_sqcow2.bdrv_gather_child_options = sqcow2_gather_child_options;
+    bdrv_sqcow2.bdrv_check_perm = sqcow2_check_perm;
     bdrv_sqcow2.bdrv_child_perm = sqcow2_child_perm;
     bdrv_sqcow2.bdrv_co_create = sqcow2_co_create;
     bdrv_sqcow2.bdrv_co_create_opts = sqcow2_co_create_opts;
