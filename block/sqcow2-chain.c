@@ -152,8 +152,7 @@ static void GRAPH_RDLOCK store_if_writable(BlockDriverState *bs)
 {
     BDRVSqcow2State *s = bs->opaque;
 
-    if (s->mode == SQCOW2_MODE_REBUILT && s->has_record &&
-        bdrv_is_writable(bs) &&
+    if (s->has_record && bdrv_is_writable(bs) &&
         !(bs->open_flags & (BDRV_O_INACTIVE | BDRV_O_CHECK))) {
         /* On failure the view in memory serves */
         sqcow2_index_store(bs, NULL);
@@ -176,7 +175,9 @@ static int GRAPH_RDLOCK make_view(BlockDriverState *bs, Error **errp)
         s->mode = SQCOW2_MODE_REBUILT;
     }
     sqcow2_renew_cache(bs);
-    store_if_writable(bs);
+    if (s->mode == SQCOW2_MODE_REBUILT) {
+        store_if_writable(bs);
+    }
     return 0;
 }
 
@@ -211,17 +212,26 @@ void sqcow2_drop_flat(BlockDriverState *bs)
     }
 }
 
-/* May this node be flat at all? */
-static bool flat_possible(BlockDriverState *bs, QDict *options)
+/* Can this image have an index? */
+static bool is_indexable(BlockDriverState *bs)
 {
     BDRVSqcow2State *s = bs->opaque;
 
-    return bs->drv == &bdrv_sqcow2 && !must_be_real(bs) &&
-           sqcow2_has_index_bit(s) && bs->auto_backing_file[0] &&
-           !(bs->open_flags & BDRV_O_COPY_ON_READ) &&
-           !has_backing_options(options) && !has_subclusters(&s->q) &&
+    return sqcow2_has_index_bit(s) && !has_subclusters(&s->q) &&
            !(s->q.incompatible_features & QCOW2_INCOMPAT_DATA_FILE) &&
            !bs->encrypted;
+}
+
+/* An image that lost its layers below, as by a rebase, is a base. */
+static void index_base(BlockDriverState *bs)
+{
+    BDRVSqcow2State *s = bs->opaque;
+
+    if (s->has_record && !(s->record.flags & SQCOW2_FLAG_INDEX_VALID)) {
+        bdrv_graph_rdlock_main_loop();
+        store_if_writable(bs);
+        bdrv_graph_rdunlock_main_loop();
+    }
 }
 
 int sqcow2_open_flat(BlockDriverState *bs, QDict *options, Error **errp)
@@ -232,11 +242,16 @@ int sqcow2_open_flat(BlockDriverState *bs, QDict *options, Error **errp)
     Error *local_err = NULL;
     int ret;
 
-    if (!flat_possible(bs, options)) {
+    if (bs->drv != &bdrv_sqcow2 || !is_indexable(bs) || must_be_real(bs) ||
+        bs->open_flags & BDRV_O_COPY_ON_READ || has_backing_options(options)) {
         return 0;
     }
     if (bs->open_flags & BDRV_O_NO_IO) {
         return 1;               /* nobody will read: open nothing */
+    }
+    if (!bs->auto_backing_file[0]) {
+        index_base(bs);
+        return 0;
     }
 
     set_bs = sqcow2_layers_new(bs, errp);

@@ -301,8 +301,9 @@ int sqcow2_view_share(const Sqcow2Layer *lower, const Sqcow2Record *record,
 
 /*
  * Store the view that was built in memory, complete the own L2 tables, and
- * make the index valid: REBUILT turns into INDEXED.  The image is writable;
- * q.lock held in coroutines.
+ * make the index valid: REBUILT turns into INDEXED.  Or make a base of an
+ * image that has no layers below.  The image is writable; q.lock held in
+ * coroutines.
  * Returns 0, or a negative errno with @errp set; then all goes on as before:
  * -ENOTSUP if a layer has no stamp or an internal snapshot is larger than the
  * disk.

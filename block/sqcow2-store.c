@@ -442,7 +442,7 @@ int sqcow2_index_store(BlockDriverState *bs, Error **errp)
     Sqcow2Record old = s->record, rec = {};
     int ret;
 
-    assert(s->mode == SQCOW2_MODE_REBUILT && s->has_record);
+    assert(s->has_record && (s->mode == SQCOW2_MODE_REBUILT || !s->layer));
 
     if (!snapshots_fit(s)) {
         error_setg(errp, "An internal snapshot is larger than the disk; no "
@@ -453,7 +453,7 @@ int sqcow2_index_store(BlockDriverState *bs, Error **errp)
     if (ret == 0) {
         ret = sqcow2_invalidate_index(bs);
     }
-    if (ret == 0) {
+    if (ret == 0 && s->layer) {
         ret = write_layer_table(bs, s->layers, s->layer, &rec, errp);
         if (ret < 0) {
             return ret;
@@ -485,7 +485,7 @@ int sqcow2_index_store(BlockDriverState *bs, Error **errp)
         error_setg_errno(errp, -ret, "Could not store the index");
         return ret;
     }
-    s->mode = SQCOW2_MODE_INDEXED;
+    s->mode = s->layer ? SQCOW2_MODE_INDEXED : SQCOW2_MODE_OFF;
     g_clear_pointer(&s->distrust, g_free);
     free_tables(bs, &old);
     return 0;
