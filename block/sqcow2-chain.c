@@ -70,7 +70,7 @@ static bool has_backing_options(QDict *options)
 
 static bool locking_wanted(BlockDriverState *bs)
 {
-    const char *locking = qdict_get_try_str(bs->file->bs->options, "locking");
+    const char *locking = sqcow2_file_option(bs, "locking");
 
     return !bs->force_share && qemu_has_ofd_lock() &&
            (!locking || strcmp(locking, "off"));

@@ -42,6 +42,7 @@ typedef struct Sqcow2Layer {
     uint32_t l1_entries;
     Qcow2CompressionType compression_type;
     bool has_stamp;
+    bool writing;               /* a session was begun and not closed */
     uint8_t stamp[SQCOW2_STAMP_SIZE];
     char *filename;             /* full name, for opening and for messages */
 } Sqcow2Layer;
@@ -189,6 +190,12 @@ int sqcow2_peek_cluster_bits(const char *filename, const char *backing,
                              const char *backing_fmt);
 
 /* sqcow2-layers.c */
+
+/*
+ * The user's option @name for the active image's file, or NULL; the layers'
+ * files follow it.  Main thread, no graph lock held.
+ */
+const char *sqcow2_file_option(BlockDriverState *bs, const char *name);
 
 /* Create an empty layer set node.  Main thread, no graph lock held. */
 BlockDriverState *sqcow2_layers_new(BlockDriverState *bs, Error **errp);

@@ -217,10 +217,20 @@ static BlockDriver bdrv_sqcow2_layers = {
     .bdrv_co_get_allocated_file_size = layers_co_get_allocated_file_size,
 };
 
+const char *sqcow2_file_option(BlockDriverState *bs, const char *name)
+{
+    BlockDriverState *file;
+
+    bdrv_graph_rdlock_main_loop();
+    file = bdrv_skip_filters(bs->file->bs);
+    bdrv_graph_rdunlock_main_loop();
+    return qdict_get_try_str(file->options, name);
+}
+
 BlockDriverState *sqcow2_layers_new(BlockDriverState *bs, Error **errp)
 {
     int flags = bs->open_flags & BDRV_O_NOCACHE;
-    const char *aio = qdict_get_try_str(bs->file->bs->options, "aio");
+    const char *aio = sqcow2_file_option(bs, "aio");
     BlockDriverState *set_bs;
     LayerSet *set;
 

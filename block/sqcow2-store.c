@@ -113,9 +113,11 @@ static int GRAPH_RDLOCK write_layer_table(BlockDriverState *bs,
     for (uint32_t i = 0; i < nb_layers; i++) {
         Sqcow2LayerDesc desc;
 
-        if (layers[i].kind == SQCOW2_LAYER_SQCOW2 && !layers[i].has_stamp) {
-            error_setg(errp, "Layer %u, '%s', has no stamp; open it for "
-                       "writing once", i, layers[i].filename);
+        if (layers[i].kind == SQCOW2_LAYER_SQCOW2 &&
+            (!layers[i].has_stamp || layers[i].writing)) {
+            error_setg(errp, "Layer %u, '%s', was not closed by its last "
+                       "writer; open it for writing once", i,
+                       layers[i].filename);
             return -ENOTSUP;
         }
         ret = sqcow2_describe_layer(&layers[i], &desc, errp);

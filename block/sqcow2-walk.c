@@ -701,6 +701,7 @@ static int walk_hop(Walk *w, const char *above, const char *backing,
         return ret;
     }
     layer.has_stamp = hdr->has_record;
+    layer.writing = hdr->record.flags & SQCOW2_FLAG_WRITING;
     memcpy(layer.stamp, hdr->record.stamp, SQCOW2_STAMP_SIZE);
     verify_layer(w, &layer, hdr);
     g_array_append_val(w->layers, layer);

@@ -67,7 +67,21 @@ static int sqcow2_open(BlockDriverState *bs, QDict *options, int flags,
         return ret;
     }
     sqcow2_record_load(bs);
-    return 0;
+    if (s->has_record && s->record.flags & SQCOW2_FLAG_WRITING &&
+        bdrv_is_writable(bs) && !(flags & BDRV_O_INACTIVE)) {
+        /*
+         * A session that was not closed.  Its end is a state of its own: a
+         * copy of the file may stand in the middle of it (S3).
+         */
+        bdrv_graph_rdlock_main_loop();
+        ret = sqcow2_begin_change_locked(bs);
+        bdrv_graph_rdunlock_main_loop();
+        if (ret < 0) {
+            error_setg_errno(errp, -ret, "Could not update the sQcow2 header");
+            bdrv_qcow2.bdrv_close(bs);
+        }
+    }
+    return ret;
 }
 
 /*
