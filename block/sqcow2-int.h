@@ -47,6 +47,13 @@ typedef struct Sqcow2Layer {
     char *filename;             /* full name, for opening and for messages */
 } Sqcow2Layer;
 
+/* Does its stamp stand for the state that it is in?  S3 */
+static inline bool sqcow2_layer_is_stamped(const Sqcow2Layer *layer)
+{
+    return layer->kind == SQCOW2_LAYER_SQCOW2 && layer->has_stamp &&
+           !layer->writing;
+}
+
 /* A whole chain below an active image, as following the links found it. */
 typedef struct Sqcow2Chain {
     Sqcow2Layer *layers;        /* [0] is the base */

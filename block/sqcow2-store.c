@@ -113,13 +113,6 @@ static int GRAPH_RDLOCK write_layer_table(BlockDriverState *bs,
     for (uint32_t i = 0; i < nb_layers; i++) {
         Sqcow2LayerDesc desc;
 
-        if (layers[i].kind == SQCOW2_LAYER_SQCOW2 &&
-            (!layers[i].has_stamp || layers[i].writing)) {
-            error_setg(errp, "Layer %u, '%s', was not closed by its last "
-                       "writer; open it for writing once", i,
-                       layers[i].filename);
-            return -ENOTSUP;
-        }
         ret = sqcow2_describe_layer(&layers[i], &desc, errp);
         if (ret < 0) {
             error_prepend(errp, "Layer %u, '%s', ", i, layers[i].filename);
@@ -129,7 +122,7 @@ static int GRAPH_RDLOCK write_layer_table(BlockDriverState *bs,
     }
     rec->layer = nb_layers;
     rec->below_kind = top->kind;
-    if (top->kind == SQCOW2_LAYER_SQCOW2) {
+    if (sqcow2_layer_is_stamped(top)) {
         memcpy(rec->below_stamp, top->stamp, SQCOW2_STAMP_SIZE);
     }
     ret = write_table(bs, buf, nb_layers, SQCOW2_DESC_SIZE,

@@ -512,11 +512,18 @@ static int crc_of_header_and_l1(const Sqcow2Layer *layer, uint32_t *crc,
     return 0;
 }
 
+/* A file that no stamp stands for is described as qcow2 is. */
+static Sqcow2LayerKind desc_kind(const Sqcow2Layer *layer)
+{
+    return layer->kind == SQCOW2_LAYER_SQCOW2 &&
+           !sqcow2_layer_is_stamped(layer) ? SQCOW2_LAYER_QCOW2 : layer->kind;
+}
+
 int sqcow2_describe_layer(const Sqcow2Layer *layer, Sqcow2LayerDesc *desc,
                           Error **errp)
 {
-    *desc = (Sqcow2LayerDesc) { .kind = layer->kind };
-    if (layer->kind == SQCOW2_LAYER_SQCOW2) {
+    *desc = (Sqcow2LayerDesc) { .kind = desc_kind(layer) };
+    if (desc->kind == SQCOW2_LAYER_SQCOW2) {
         memcpy(desc->stamp, layer->stamp, SQCOW2_STAMP_SIZE);
         return 0;
     }
@@ -559,12 +566,10 @@ static void verify_by_table(Walk *w, const Sqcow2Layer *layer, uint32_t index)
                            NULL) < 0) {
         distrust(w, "the layer table above layer %u '%s' is damaged", index,
                  layer->filename);
-    } else if (desc.kind != layer->kind) {
-        distrust(w, "layer %u '%s' has another format than when a layer above "
-                 "it was indexed", index, layer->filename);
+    } else if (desc.kind != desc_kind(layer)) {
+        distrust_modified(w, layer, index);
     } else if (desc.kind == SQCOW2_LAYER_SQCOW2) {
-        if (!layer->has_stamp ||
-            memcmp(desc.stamp, layer->stamp, SQCOW2_STAMP_SIZE)) {
+        if (memcmp(desc.stamp, layer->stamp, SQCOW2_STAMP_SIZE)) {
             distrust_modified(w, layer, index);
         }
     } else if (desc.virtual_size != layer->virtual_size) {
@@ -607,12 +612,10 @@ static void verify_by_stamp(Walk *w, const Sqcow2Layer *layer,
     if (layer->kind != SQCOW2_LAYER_SQCOW2) {
         distrust(w, "layer %u '%s' has another format than when the layer "
                  "above it was indexed", index, layer->filename);
-    } else if (!layer->has_stamp ||
+    } else if (!sqcow2_layer_is_stamped(layer) ||
                memcmp(layer->stamp, w->above.below_stamp,
                       SQCOW2_STAMP_SIZE)) {
-        distrust_modified(w, layer, index);
-    } else if (hdr->record.flags & SQCOW2_FLAG_WRITING) {
-        /* A copy made in the midst of the session that the stamp is for */
+        /* Not stamped: perhaps a copy made in the midst of that session */
         distrust_modified(w, layer, index);
     } else if (hdr->record.layer != index) {
         distrust(w, "layer '%s' has index %u instead of %u", layer->filename,

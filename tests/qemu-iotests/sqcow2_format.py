@@ -572,7 +572,11 @@ def _check_plain(below: Sequence[Image], image: Image) -> Iterator[Violation]:
         except FormatError as e:
             yield Violation('S2', f'plain[{k}]: {e}')
             continue
-        same = plain.kind == layer.kind
+        kind = layer.kind
+        if kind == 'sqcow2' and (not layer.record
+                                 or layer.record.flags & WRITING):
+            kind = 'qcow2'      # no stamp stands for it
+        same = plain.kind == kind
         if plain.kind == 'sqcow2':
             same = same and bool(layer.record
                                  and layer.record.stamp == plain.stamp)
