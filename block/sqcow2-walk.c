@@ -42,6 +42,8 @@ enum {
     IMG_LOCK_RESIZE = 3,
 };
 
+#define EARLY_DESCRIPTORS 4090
+
 /* A file system's clock may tick as slowly as this */
 #define MTIME_TICK_NS (50 * SCALE_MS)
 #define MTIME_COARSE_TICK_NS (2 * NANOSECONDS_PER_SECOND)
@@ -55,10 +57,15 @@ typedef struct LayerHeader {
     char backing_fmt[16];
 } LayerHeader;
 
+typedef struct FileId {
+    uint64_t device;
+    uint64_t inode;
+} FileId;
+
 typedef struct Walk {
     const Sqcow2WalkOptions *opts;
     GArray *layers;             /* of Sqcow2Layer, from the top down */
-    GHashTable *seen;           /* "device:inode" of each file */
+    GHashTable *seen;           /* of FileId */
     char *distrust;
 
     /* What is expected of the next layer; S8 */
@@ -68,6 +75,18 @@ typedef struct Walk {
     const uint8_t *layer_table; /* its table; NULL if damaged or none */
     uint8_t *layer_table_buf;
 } Walk;
+
+static guint hash_file_id(gconstpointer key)
+{
+    const FileId *id = key;
+
+    return id->inode ^ id->inode >> 32 ^ id->device;
+}
+
+static gboolean same_file_id(gconstpointer a, gconstpointer b)
+{
+    return !memcmp(a, b, sizeof(FileId));
+}
 
 static int fd_pread(int fd, uint64_t host_offset, uint64_t bytes, void *buf)
 {
@@ -108,6 +127,44 @@ static void raise_descriptor_limit(void)
         limit.rlim_cur = limit.rlim_max;
         setrlimit(RLIMIT_NOFILE, &limit);
     }
+}
+
+/*
+ * Make room for @n more descriptors at once.  In a process with threads the
+ * kernel waits for an RCU grace period, 8 ms and more, each time that it has
+ * to enlarge the table.
+ */
+static void reserve_descriptors(int fd, uint32_t n)
+{
+    int last = fcntl(fd, F_DUPFD_CLOEXEC, fd + n);
+
+    if (last < 0) {
+        raise_descriptor_limit();
+        last = fcntl(fd, F_DUPFD_CLOEXEC, fd + n);
+    }
+    if (last >= 0) {
+        close(last);
+    }
+}
+
+/*
+ * Before main() there are no threads yet (QEMU's first one is made by a
+ * constructor too, of no priority), and room for the descriptors of most
+ * chains is free.  It takes 32 KiB of the kernel's memory.
+ */
+static void __attribute__((constructor(101))) reserve_early(void)
+{
+    struct rlimit before, limit;
+
+    if (getrlimit(RLIMIT_NOFILE, &before) < 0) {
+        return;
+    }
+    limit = before;
+    limit.rlim_cur = MAX(before.rlim_cur,
+                         MIN(EARLY_DESCRIPTORS + 64, before.rlim_max));
+    setrlimit(RLIMIT_NOFILE, &limit);
+    reserve_descriptors(STDERR_FILENO, EARLY_DESCRIPTORS);
+    setrlimit(RLIMIT_NOFILE, &before);
 }
 
 static int open_file(const char *filename, Error **errp)
@@ -171,10 +228,9 @@ static int lock_layer(int fd, Error **errp)
 /* True the first time that this file is met. */
 static bool note_file(Walk *w, const struct stat *st)
 {
-    return g_hash_table_add(w->seen,
-                            g_strdup_printf("%" PRIu64 ":%" PRIu64,
-                                            (uint64_t)st->st_dev,
-                                            (uint64_t)st->st_ino));
+    FileId id = { .device = st->st_dev, .inode = st->st_ino };
+
+    return g_hash_table_add(w->seen, g_memdup2(&id, sizeof(id)));
 }
 
 static int open_local_layer(Walk *w, Sqcow2Layer *layer, Error **errp)
@@ -195,6 +251,9 @@ static int open_local_layer(Walk *w, Sqcow2Layer *layer, Error **errp)
         return fd;
     }
     layer->fd = fd;
+    if (w->layers->len == 0 && w->nb_expected > EARLY_DESCRIPTORS / 2) {
+        reserve_descriptors(fd, w->nb_expected);
+    }
 
     if (fstat(fd, &st) < 0) {
         error_setg_errno(errp, errno, "cannot be examined");
@@ -757,7 +816,7 @@ int sqcow2_walk(const Sqcow2WalkOptions *opts, Sqcow2Chain *chain,
     Walk w = {
         .opts = opts,
         .layers = g_array_new(false, false, sizeof(Sqcow2Layer)),
-        .seen = g_hash_table_new_full(g_str_hash, g_str_equal, g_free, NULL),
+        .seen = g_hash_table_new_full(hash_file_id, same_file_id, g_free, NULL),
         .verifying = opts->record,
         .layer_table = opts->layer_table,
     };
