@@ -6,7 +6,7 @@
 #   make check             every test; the last line says "N passed, N failed"
 #   make check-iotests     our iotests only;  TESTS="sqcow2-..." picks some
 #   make bench             all measurements;  make bench-quick: a few minutes
-#   make fuzz              random chains against a model;  ARGS="..." goes to tests/fuzz/run
+#   make fuzz              random chains against a model;  ARGS="..." goes to tests/fuzz/chain_fuzz.py
 #   make fork-tree DIR=d   the whole patched QEMU, our files copied in, to read as one tree
 #
 # To build by hand: ./configure && ninja -C build
@@ -39,7 +39,7 @@ bench-quick: prepare-bench
 	@bench/run --quick
 
 fuzz: prepare-test
-	@tests/fuzz/run $(ARGS)
+	@tests/fuzz/chain_fuzz.py --build build $(ARGS)
 
 fork-tree:
 	@test -n "$(DIR)" || { echo 'make fork-tree DIR=folder (which must not exist)' >&2; exit 2; }
