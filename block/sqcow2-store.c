@@ -380,36 +380,40 @@ static int GRAPH_RDLOCK complete_snapshots(BlockDriverState *bs)
     return 0;
 }
 
-/* Free what @old names: its root and layer tables, and merged tables. */
+/*
+ * Free what @old names: its root and layer tables, and merged tables.  Only
+ * a table whose checksum is right is certainly still ours; better leak the
+ * clusters of another than free somebody's data.
+ */
 static void GRAPH_RDLOCK free_tables(BlockDriverState *bs,
                                      const Sqcow2Record *old)
 {
     BDRVSqcow2State *s = bs->opaque;
+    g_autofree uint8_t *layer_table = sqcow2_read_layer_table(bs, old, NULL);
     Sqcow2View view;
 
-    if (sqcow2_view_read(bs, old, &view, NULL) == 0) {
-        for (uint32_t i = 0; i < view.entries; i++) {
-            Sqcow2Root root;
-
-            if (sqcow2_decode_root(view.root[i], old->layer,
-                                   s->q.cluster_bits, &root) == 0 &&
-                root.kind == SQCOW2_ROOT_TABLE && root.layer == old->layer) {
-                qcow2_free_clusters(bs, root.host_offset, s->q.cluster_size,
-                                    QCOW2_DISCARD_OTHER);
-            }
-        }
-        sqcow2_view_free(&view);
-    }
-    if (old->root.entries) {
-        qcow2_free_clusters(bs, old->root.host_offset,
-                            (uint64_t)old->root.entries * SQCOW2_ROOT_SIZE,
-                            QCOW2_DISCARD_OTHER);
-    }
-    if (old->layer_table.entries) {
+    if (layer_table) {
         qcow2_free_clusters(bs, old->layer_table.host_offset,
                             (uint64_t)old->layer_table.entries *
                             SQCOW2_DESC_SIZE, QCOW2_DISCARD_OTHER);
     }
+    if (!old->root.entries || sqcow2_view_read(bs, old, &view, NULL) < 0) {
+        return;
+    }
+    for (uint32_t i = 0; i < view.entries; i++) {
+        Sqcow2Root root;
+
+        if (sqcow2_decode_root(view.root[i], old->layer, s->q.cluster_bits,
+                               &root) == 0 &&
+            root.kind == SQCOW2_ROOT_TABLE && root.layer == old->layer) {
+            qcow2_free_clusters(bs, root.host_offset, s->q.cluster_size,
+                                QCOW2_DISCARD_OTHER);
+        }
+    }
+    qcow2_free_clusters(bs, old->root.host_offset,
+                        (uint64_t)old->root.entries * SQCOW2_ROOT_SIZE,
+                        QCOW2_DISCARD_OTHER);
+    sqcow2_view_free(&view);
 }
 
 /* Make the record name the new tables; on failure it is as before. */
