@@ -153,7 +153,7 @@ uint64_t sqcow2_encode_root(const Sqcow2Root *root, int cluster_bits);
 /*
  * Decode a root entry, given in host byte order, of the file that is layer
  * @own_layer.  A table may stand in this file itself or in a layer below
- * (S6); identity only in a layer below.
+ * (S4); identity only in a layer below.
  * Returns 0, or -EINVAL when the entry breaks a rule.
  */
 int sqcow2_decode_root(uint64_t entry, uint16_t own_layer, int cluster_bits,
@@ -170,7 +170,7 @@ uint64_t sqcow2_encode_foreign(const Sqcow2Cluster *cluster, int cluster_bits);
  * Decode @l2_entry, in host byte order, of a table that stands in layer
  * @table_layer.  On the read path: pure, no Error.
  * Returns 0, or -EINVAL when the entry breaks a rule: owner not below the
- * table's layer (S4), offset past 64 TiB or not cluster-aligned, reserved
+ * table's layer (S6), offset past 64 TiB or not cluster-aligned, reserved
  * bits.
  */
 int sqcow2_decode_entry(uint64_t l2_entry, uint16_t table_layer,
@@ -179,7 +179,8 @@ int sqcow2_decode_entry(uint64_t l2_entry, uint16_t table_layer,
 /*
  * Return the entry to write into a table of another, higher file in place of
  * @l2_entry, which stands in the table at @table_host_offset of layer
- * @table_layer: the same cluster, with its owner named (S7).
+ * @table_layer: the same cluster, with its owner named (S6).
+ * @table_host_offset is cluster-aligned and below 64 TiB: the caller checks.
  * Returns 0, or -EINVAL as sqcow2_decode_entry().
  */
 int sqcow2_inherit_entry(uint64_t l2_entry, uint16_t table_layer,
