@@ -18,7 +18,6 @@
 #include "qapi/qapi-visit-block-core.h"
 #include "qemu/option.h"
 #include "qobject/qdict.h"
-#include "system/block-backend.h"
 #include "sqcow2-int.h"
 
 BlockDriver bdrv_sqcow2;
@@ -311,68 +310,49 @@ static int GRAPH_RDLOCK sqcow2_inactivate(BlockDriverState *bs)
     return ret;
 }
 
-/* Give the plain qcow2 image at @options its feature bit, record and index. */
-static int coroutine_fn GRAPH_UNLOCKED
-add_index(const char *filename, QDict *options, Error **errp)
+int coroutine_fn sqcow2_index_new_image(BlockDriverState *bs, Error **errp)
 {
-    BlockBackend *blk;
-    int ret;
+    int ret = 0;
 
-    qdict_put_str(options, "driver", "sqcow2");
-    blk = blk_co_new_open(filename, NULL, options,
-                          BDRV_O_RDWR | BDRV_O_NO_BACKING | BDRV_O_NO_IO,
-                          errp);
-    if (!blk) {
-        return -EIO;
+    if (bs->drv == &bdrv_sqcow2) {
+        bdrv_graph_co_rdlock();
+        ret = sqcow2_index_create(bs, errp);
+        bdrv_graph_co_rdunlock();
     }
-    bdrv_graph_co_rdlock();
-    ret = sqcow2_index_create(blk_bs(blk), errp);
-    if (ret < 0 && filename) {
-        bdrv_co_delete_file_noerr(blk_bs(blk)->file->bs);
-    }
-    bdrv_graph_co_rdunlock();
-    blk_co_unref(blk);
     /* Creation's callers have a text of their own for this one */
     return ret == -EFBIG ? -EINVAL : ret;
 }
 
+/* qcow2's creation does it all; it reads our options as its own. */
+QEMU_BUILD_BUG_ON(sizeof(BlockdevCreateOptionsSqcow2) !=
+                  sizeof(BlockdevCreateOptionsQcow2));
+
 static int coroutine_fn GRAPH_UNLOCKED
 sqcow2_co_create(BlockdevCreateOptions *create_options, Error **errp)
 {
-    BlockdevCreateOptionsSqcow2 *sopts = &create_options->u.sqcow2;
-    BlockdevCreateOptions plain = {
-        .driver = BLOCKDEV_DRIVER_QCOW2,
-        .u.qcow2 = *qapi_BlockdevCreateOptionsSqcow2_base(sopts),
-    };
+    BlockdevCreateOptionsQcow2 *opts =
+        qapi_BlockdevCreateOptionsSqcow2_base(&create_options->u.sqcow2);
     BlockDriverState *bs;
-    QDict *options;
-    int bits, ret;
+    int bits;
 
-    if (plain.u.qcow2.has_version &&
-        plain.u.qcow2.version != BLOCKDEV_QCOW2_VERSION_V3) {
+    if (opts->has_version && opts->version != BLOCKDEV_QCOW2_VERSION_V3) {
         error_setg(errp, "An sqcow2 image needs version=v3");
         return -EINVAL;
     }
-    bs = bdrv_co_open_blockdev_ref(sopts->file, errp);
-    if (!bs) {
-        return -EIO;
+    if (!opts->has_cluster_size && opts->backing_file) {
+        bs = bdrv_co_open_blockdev_ref(opts->file, errp);
+        if (!bs) {
+            return -EIO;
+        }
+        bits = sqcow2_peek_cluster_bits(bs->filename, opts->backing_file,
+                                        opts->has_backing_fmt ?
+                                        BlockdevDriver_str(opts->backing_fmt) :
+                                        NULL);
+        opts->has_cluster_size = bits;
+        opts->cluster_size = bits ? 1ULL << bits : 0;
+        bdrv_co_unref(bs);
     }
-    if (!plain.u.qcow2.has_cluster_size && plain.u.qcow2.backing_file) {
-        bits = sqcow2_peek_cluster_bits(bs->filename,
-            plain.u.qcow2.backing_file,
-            plain.u.qcow2.has_backing_fmt ?
-            BlockdevDriver_str(plain.u.qcow2.backing_fmt) : NULL);
-        plain.u.qcow2.has_cluster_size = bits;
-        plain.u.qcow2.cluster_size = bits ? 1ULL << bits : 0;
-    }
-    ret = bdrv_qcow2.bdrv_co_create(&plain, errp);
-    if (ret == 0) {
-        options = qdict_new();
-        qdict_put_str(options, "file", bs->node_name);
-        ret = add_index(NULL, options, errp);
-    }
-    bdrv_co_unref(bs);
-    return ret;
+    return bdrv_qcow2.bdrv_co_create(create_options, errp);
 }
 
 static int coroutine_fn GRAPH_UNLOCKED
@@ -381,7 +361,7 @@ sqcow2_co_create_opts(BlockDriver *drv, const char *filename, QemuOpts *opts,
 {
     const char *compat = qemu_opt_get(opts, BLOCK_OPT_COMPAT_LEVEL);
     const char *backing = qemu_opt_get(opts, BLOCK_OPT_BACKING_FILE);
-    int bits, ret;
+    int bits;
 
     if (compat && strcmp(compat, "1.1") && strcmp(compat, "v3")) {
         error_setg(errp, "An sqcow2 image needs compat=1.1");
@@ -396,11 +376,7 @@ sqcow2_co_create_opts(BlockDriver *drv, const char *filename, QemuOpts *opts,
                                 &error_abort);
         }
     }
-    ret = bdrv_qcow2.bdrv_co_create_opts(&bdrv_qcow2, filename, opts, errp);
-    if (ret == 0) {
-        ret = add_index(filename, qdict_new(), errp);
-    }
-    return ret;
+    return bdrv_qcow2.bdrv_co_create_opts(drv, filename, opts, errp);
 }
 
 static void bdrv_sqcow2_init(void)

@@ -46,6 +46,13 @@ void sqcow2_show_progress(void);
 int sqcow2_open_graph(BlockDriverState *bs, bool all, Error **errp);
 
 /*
+ * qcow2.c: give a new image, which qcow2's code has just created, its index.
+ * Returns 0, or a negative errno with @errp set; then the image is of no use.
+ */
+int coroutine_fn GRAPH_UNLOCKED
+sqcow2_index_new_image(BlockDriverState *bs, Error **errp);
+
+/*
  * qcow2-cluster.c: fill @l2_slice, all zeros, of the new L2 table for
  * @l1_index: slice number @slice of it.  qcow2's s->lock is held if called
  * in a coroutine.
