@@ -6,11 +6,13 @@
  * indexed - the layer set attached, and either the index loaded (INDEXED) or,
  * when the chain is not the one it was made for, built anew in memory
  * (REBUILT); or not flat (OFF), with a backing node or none, exactly as
- * qcow2.  A flat node turns into one that is not, never back.
+ * qcow2.  A flat node turns into one that is not for operations on the graph,
+ * and back when they are over: sqcow2-fold.c.
  *
  * Everything here runs in the main thread; the node has no requests.
  */
 #include "qemu/osdep.h"
+#include "qemu/cutils.h"
 #include "qemu/error-report.h"
 #include "qapi/error.h"
 #include "qobject/qdict.h"
@@ -55,8 +57,7 @@ static void set_distrust(BDRVSqcow2State *s, const char *why)
     s->distrust = g_strdup(why);
 }
 
-/* Does the user say something of the backing file? */
-static bool has_backing_options(QDict *options)
+bool sqcow2_has_backing_options(QDict *options)
 {
     for (const QDictEntry *e = qdict_first(options); e;
          e = qdict_next(options, e)) {
@@ -68,7 +69,7 @@ static bool has_backing_options(QDict *options)
     return false;
 }
 
-static bool locking_wanted(BlockDriverState *bs)
+bool sqcow2_locking_wanted(BlockDriverState *bs)
 {
     const char *locking = sqcow2_file_option(bs, "locking");
 
@@ -86,7 +87,7 @@ static int walk(BlockDriverState *bs, BlockDriverState *set_bs,
     Sqcow2WalkOptions opts = {
         .backing_fmt = bs->backing_format,
         .cluster_bits = s->q.cluster_bits,
-        .locking = locking_wanted(bs),
+        .locking = sqcow2_locking_wanted(bs),
         .set = set_bs,
     };
 
@@ -155,7 +156,7 @@ static void GRAPH_RDLOCK store_if_writable(BlockDriverState *bs)
     if (s->has_record && bdrv_is_writable(bs) &&
         !(bs->open_flags & (BDRV_O_INACTIVE | BDRV_O_CHECK))) {
         /* On failure the view in memory serves */
-        sqcow2_index_store(bs, NULL);
+        sqcow2_index_store(bs, NULL, NULL);
     }
 }
 
@@ -181,7 +182,7 @@ static int GRAPH_RDLOCK make_view(BlockDriverState *bs, Error **errp)
     return 0;
 }
 
-static int attach_set(BlockDriverState *bs, BlockDriverState *set_bs,
+int sqcow2_attach_set(BlockDriverState *bs, BlockDriverState *set_bs,
                       Error **errp)
 {
     BDRVSqcow2State *s = bs->opaque;
@@ -212,8 +213,7 @@ void sqcow2_drop_flat(BlockDriverState *bs)
     }
 }
 
-/* Can this image have an index? */
-static bool is_indexable(BlockDriverState *bs)
+bool sqcow2_is_indexable(BlockDriverState *bs)
 {
     BDRVSqcow2State *s = bs->opaque;
 
@@ -242,8 +242,9 @@ int sqcow2_open_flat(BlockDriverState *bs, QDict *options, Error **errp)
     Error *local_err = NULL;
     int ret;
 
-    if (bs->drv != &bdrv_sqcow2 || !is_indexable(bs) || must_be_real(bs) ||
-        bs->open_flags & BDRV_O_COPY_ON_READ || has_backing_options(options)) {
+    if (bs->drv != &bdrv_sqcow2 || !sqcow2_is_indexable(bs) || must_be_real(bs) ||
+        bs->open_flags & BDRV_O_COPY_ON_READ ||
+        sqcow2_has_backing_options(options)) {
         return 0;
     }
     if (bs->open_flags & BDRV_O_NO_IO) {
@@ -275,7 +276,7 @@ int sqcow2_open_flat(BlockDriverState *bs, QDict *options, Error **errp)
     s->layers = chain.layers;
     s->layer = chain.nb_layers;
     sqcow2_layers_set(set_bs, chain.layers, chain.nb_layers);
-    ret = attach_set(bs, set_bs, errp);
+    ret = sqcow2_attach_set(bs, set_bs, errp);
     if (ret == 0) {
         bdrv_graph_rdlock_main_loop();
         ret = make_view(bs, errp);
@@ -336,4 +337,66 @@ int sqcow2_open_graph(BlockDriverState *bs, bool all, Error **errp)
         bdrv_graph_rdunlock_main_loop();
     }
     return ret;
+}
+
+/* More hops than this cost more than to open all nodes at once. */
+#define MAX_HOPS 100
+
+int sqcow2_open_graph_to(BlockDriverState *bs, const char *file, Error **errp)
+{
+    ERRP_GUARD();
+    BlockDriverState *flat;
+
+    GLOBAL_STATE_CODE();
+
+    for (int hops = 0; !bdrv_find_backing_image(bs, file); hops++) {
+        bdrv_graph_rdlock_main_loop();
+        for (flat = bs; flat && !sqcow2_is_flat(flat); ) {
+            flat = bdrv_filter_or_cow_bs(flat);
+        }
+        bdrv_graph_rdunlock_main_loop();
+        if (!flat) {
+            return 0;           /* the caller has words for it */
+        }
+        if (sqcow2_open_graph(flat, hops == MAX_HOPS, errp) < 0) {
+            return -EINVAL;
+        }
+    }
+    return 0;
+}
+
+/* Of the image whose chain qemu-img is changing; main thread only */
+static char *refresh_filename;
+
+void sqcow2_refresh_later(BlockDriverState *bs)
+{
+    GLOBAL_STATE_CODE();
+
+    bdrv_graph_rdlock_main_loop();
+    if (bdrv_skip_filters(bs)->drv == &bdrv_sqcow2) {
+        bdrv_refresh_filename(bs);
+        g_free(refresh_filename);
+        refresh_filename = g_strdup(bs->filename);
+    }
+    bdrv_graph_rdunlock_main_loop();
+}
+
+void sqcow2_refresh(void)
+{
+    g_autofree char *filename = g_steal_pointer(&refresh_filename);
+    BlockDriverState *bs;
+    QDict *options;
+
+    GLOBAL_STATE_CODE();
+
+    if (!filename) {
+        return;
+    }
+    options = qdict_new();
+    if (!strstart(filename, "json:", NULL)) {
+        qdict_put_str(options, "driver", "sqcow2");
+    }
+    real_nodes = REAL_NONE;
+    bs = bdrv_open(filename, NULL, options, BDRV_O_RDWR, NULL);
+    bdrv_unref(bs);
 }

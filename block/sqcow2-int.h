@@ -4,6 +4,7 @@
  *
  * The files, top down; calls point down only:
  *   sqcow2.c         the BlockDriver: callbacks, create, info
+ *   sqcow2-fold.c    backing nodes that nobody named back into the layer set
  *   sqcow2-chain.c   opening flat, and the real backing graph on demand
  *   sqcow2-check.c   check of the index
  *   sqcow2-read.c    read path, block status
@@ -212,6 +213,13 @@ void sqcow2_layers_set(BlockDriverState *set, Sqcow2Layer *layers,
                        uint32_t nb_layers);
 
 /*
+ * Add a copy of @layer, whose descriptor and name the set takes over, on top
+ * of the others.  No requests are running.  Returns the new array.
+ */
+Sqcow2Layer *sqcow2_layers_append(BlockDriverState *set,
+                                  const Sqcow2Layer *layer);
+
+/*
  * Use O_DIRECT from now on if the image does: after the last
  * sqcow2_layer_pread(), which needs no alignment.
  */
@@ -318,11 +326,15 @@ int sqcow2_view_share(const Sqcow2Layer *lower, const Sqcow2Record *record,
  * make the index valid: REBUILT turns into INDEXED.  Or make a base of an
  * image that has no layers below.  The image is writable; q.lock held in
  * coroutines.
+ *
+ * @below: the record of the layer directly below, if that vouches for itself
+ *         and for those below it; NULL: a layer table describes them all.
+ *
  * Returns 0, or a negative errno with @errp set; then all goes on as before:
- * -ENOTSUP if a layer has no stamp or an internal snapshot is larger than the
- * disk.
+ * -ENOTSUP if an internal snapshot is larger than the disk.
  */
-int GRAPH_RDLOCK sqcow2_index_store(BlockDriverState *bs, Error **errp);
+int GRAPH_RDLOCK sqcow2_index_store(BlockDriverState *bs,
+                                    const Sqcow2Record *below, Error **errp);
 
 /*
  * Give a freshly created image its feature bit, record and, when the layers
@@ -336,8 +348,23 @@ sqcow2_index_create(BlockDriverState *bs, Error **errp);
 uint8_t *sqcow2_read_layer_table(BlockDriverState *bs,
                                  const Sqcow2Record *record, Error **errp);
 
-/* sqcow2-chain.c */
+/* sqcow2-chain.c; all in the main thread, without graph lock */
+
+/* Drop all that makes @bs flat; it has no requests. */
 void sqcow2_drop_flat(BlockDriverState *bs);
+
+/* Can this image have an index? */
+bool sqcow2_is_indexable(BlockDriverState *bs);
+
+/* Does the user say something of the backing file? */
+bool sqcow2_has_backing_options(QDict *options);
+
+/* Are the layers below @bs to be locked? */
+bool sqcow2_locking_wanted(BlockDriverState *bs);
+
+/* Attach a layer set; takes the reference over, also on failure. */
+int sqcow2_attach_set(BlockDriverState *bs, BlockDriverState *set_bs,
+                      Error **errp);
 
 /* Start with an empty cache for the current slice size. */
 void sqcow2_renew_cache(BlockDriverState *bs);

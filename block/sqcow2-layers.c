@@ -7,8 +7,9 @@
  * files a child node.  So 1000 layers cost one node, and still the block
  * layer gives padding for O_DIRECT, draining, request tracking, statistics.
  *
- * The array of layers is handed over once, after the walk has opened and
- * locked them, and does not change while requests run; so nothing is locked.
+ * The array of layers is handed over after the walk has opened and locked
+ * them, grows by one with each live snapshot, and does not change while
+ * requests run; so nothing is locked.
  * Requests go through the engine of the active image's file: threads,
  * linux-aio or io_uring.  Closing the node closes the descriptors, which
  * gives up the image locks.
@@ -308,18 +309,30 @@ void sqcow2_layers_set(BlockDriverState *set_bs, Sqcow2Layer *layers,
     set->nb_layers = nb_layers;
 }
 
+static void layer_go_direct(BlockDriverState *set_bs, const Sqcow2Layer *layer)
+{
+    /* Where it does not take, reads work all the same */
+    if (set_bs->open_flags & BDRV_O_NOCACHE && layer->fd >= 0) {
+        fcntl(layer->fd, F_SETFL, O_DIRECT);
+    }
+}
+
 void sqcow2_layers_go_direct(BlockDriverState *set_bs)
 {
     LayerSet *set = set_bs->opaque;
 
-    if (set_bs->open_flags & BDRV_O_NOCACHE) {
-        for (uint32_t i = 0; i < set->nb_layers; i++) {
-            int fd = set->layers[i].fd;
-
-            /* Where it does not take, reads work all the same */
-            if (fd >= 0) {
-                fcntl(fd, F_SETFL, O_DIRECT);
-            }
-        }
+    for (uint32_t i = 0; i < set->nb_layers; i++) {
+        layer_go_direct(set_bs, &set->layers[i]);
     }
+}
+
+Sqcow2Layer *sqcow2_layers_append(BlockDriverState *set_bs,
+                                  const Sqcow2Layer *layer)
+{
+    LayerSet *set = set_bs->opaque;
+
+    set->layers = g_renew(Sqcow2Layer, set->layers, set->nb_layers + 1);
+    set->layers[set->nb_layers++] = *layer;
+    layer_go_direct(set_bs, layer);
+    return set->layers;
 }

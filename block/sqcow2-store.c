@@ -434,7 +434,8 @@ static int GRAPH_RDLOCK switch_record(BlockDriverState *bs,
     return ret;
 }
 
-int sqcow2_index_store(BlockDriverState *bs, Error **errp)
+int sqcow2_index_store(BlockDriverState *bs, const Sqcow2Record *below,
+                       Error **errp)
 {
     ERRP_GUARD();
     BDRVSqcow2State *s = bs->opaque;
@@ -452,7 +453,11 @@ int sqcow2_index_store(BlockDriverState *bs, Error **errp)
     if (ret == 0) {
         ret = sqcow2_invalidate_index(bs);
     }
-    if (ret == 0 && s->layer) {
+    if (below) {
+        rec.layer = below->layer + 1;
+        rec.below_kind = SQCOW2_LAYER_SQCOW2;
+        memcpy(rec.below_stamp, below->stamp, SQCOW2_STAMP_SIZE);
+    } else if (ret == 0 && s->layer) {
         ret = write_layer_table(bs, s->layers, s->layer, &rec, errp);
         if (ret < 0) {
             return ret;

@@ -38,12 +38,34 @@ void sqcow2_disable_flat(bool all);
 void sqcow2_show_progress(void);
 
 /*
+ * For qemu-img: after the image that is now @bs has been closed, open it once
+ * for writing, which stores an index that fits its chain.  Should that fail,
+ * the next to open it will build one.
+ */
+void sqcow2_refresh_later(BlockDriverState *bs);
+void sqcow2_refresh(void);
+
+/*
  * Give @bs a real backing node in place of its flat state, for jobs that
  * work on it; filters on top of it are passed.  @all: and so all nodes below.
  * Main thread, no graph lock held.
  * Returns 0, or a negative errno with @errp set; then @bs is as before.
  */
 int sqcow2_open_graph(BlockDriverState *bs, bool all, Error **errp);
+
+/*
+ * The same, down to the image @file, named as in block-commit's "base".  If
+ * there is none, all nodes get opened, and the caller will not find it either.
+ */
+int sqcow2_open_graph_to(BlockDriverState *bs, const char *file, Error **errp);
+
+/*
+ * The reverse, when an operation on the graph is over: make @bs, or all nodes,
+ * flat again where nobody but they themselves uses their backing nodes.  What
+ * cannot be made flat stays as it is.  Main thread, no graph lock held.
+ */
+void sqcow2_fold(BlockDriverState *bs);
+void sqcow2_fold_all(void);
 
 /*
  * qcow2.c: give a new image, which qcow2's code has just created, its index.
