@@ -234,6 +234,52 @@ static void index_base(BlockDriverState *bs)
     }
 }
 
+/*
+ * The node that is just getting a backing node, if that can take its layer
+ * set over: opening a chain once more takes long.  Main thread only.
+ */
+static BlockDriverState *donor;
+
+/*
+ * May the backing node of @bs have the layer set of @bs?  What was verified
+ * from @bs downwards by stamps alone holds for the node below as well (S8).
+ */
+static bool can_donate(BlockDriverState *bs)
+{
+    BDRVSqcow2State *s = bs->opaque;
+
+    return s->mode == SQCOW2_MODE_INDEXED && s->layer >= 2 &&
+           !s->record.layer_table.entries && s->layers[s->layer - 1].fd >= 0;
+}
+
+/* Take the layers of @donor but the top one, which is the file of @bs. */
+static int take_from_donor(BlockDriverState *bs)
+{
+    BDRVSqcow2State *s = bs->opaque, *ds = donor->opaque;
+    const Sqcow2Layer *self = &ds->layers[ds->layer - 1];
+    BlockDriverState *set_bs = ds->set->bs;
+
+    if (!s->has_record || s->record.flags != SQCOW2_FLAG_INDEX_VALID ||
+        s->record.layer != ds->layer - 1 || !sqcow2_layer_is_stamped(self) ||
+        memcmp(s->record.stamp, self->stamp, SQCOW2_STAMP_SIZE)) {
+        return 0;
+    }
+    s->layer = s->record.layer;
+    s->layers = ds->layers;
+    if (sqcow2_view_load(bs, &s->record, &s->view, NULL) < 0) {
+        s->layers = NULL;
+        return 0;
+    }
+    bdrv_ref(set_bs);
+    if (sqcow2_attach_set(bs, set_bs, NULL) < 0) {
+        sqcow2_drop_flat(bs);
+        return 0;
+    }
+    s->mode = SQCOW2_MODE_INDEXED;
+    sqcow2_renew_cache(bs);
+    return 1;
+}
+
 int sqcow2_open_flat(BlockDriverState *bs, QDict *options, Error **errp)
 {
     BDRVSqcow2State *s = bs->opaque;
@@ -255,6 +301,9 @@ int sqcow2_open_flat(BlockDriverState *bs, QDict *options, Error **errp)
         return 0;
     }
 
+    if (donor && take_from_donor(bs)) {
+        return 1;
+    }
     set_bs = sqcow2_layers_new(bs, errp);
     if (!set_bs) {
         return -EINVAL;
@@ -297,18 +346,26 @@ int sqcow2_open_flat(BlockDriverState *bs, QDict *options, Error **errp)
  */
 static int unflatten(BlockDriverState *bs, Error **errp)
 {
-    BDRVSqcow2State *s = bs->opaque;
+    BDRVSqcow2State *s = bs->opaque, *below;
     Sqcow2Mode mode = s->mode;
     int open_flags = bs->open_flags;
     int ret;
 
     bdrv_drained_begin(bs);
+    donor = can_donate(bs) ? bs : NULL;
     s->mode = SQCOW2_MODE_OFF;
     ret = bdrv_open_backing_file(bs, NULL, "backing", errp);
+    donor = NULL;
     if (ret < 0) {
         s->mode = mode;
         bs->open_flags = open_flags;
     } else {
+        below = bs->backing->bs->opaque;
+        if (sqcow2_is_flat(bs->backing->bs) && below->layers == s->layers) {
+            /* The layer that the backing node is now, may be written */
+            sqcow2_layers_pop(below->set->bs);
+            sqcow2_set_clips(below->layers, below->layer);
+        }
         sqcow2_drop_flat(bs);
     }
     bdrv_drained_end(bs);

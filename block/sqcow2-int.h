@@ -162,6 +162,7 @@ typedef struct Sqcow2WalkOptions {
 int sqcow2_walk(const Sqcow2WalkOptions *opts, Sqcow2Chain *chain,
                 Error **errp);
 void sqcow2_chain_free(Sqcow2Chain *chain);
+void sqcow2_layer_free(Sqcow2Layer *layer);         /* what is in it */
 void sqcow2_layers_free(Sqcow2Layer *layers, uint32_t nb_layers);
 
 /* Set every layer's clip (S9) from the virtual sizes. */
@@ -218,6 +219,9 @@ void sqcow2_layers_set(BlockDriverState *set, Sqcow2Layer *layers,
  */
 Sqcow2Layer *sqcow2_layers_append(BlockDriverState *set,
                                   const Sqcow2Layer *layer);
+
+/* Close and forget the top layer, a local file.  No requests are running. */
+void sqcow2_layers_pop(BlockDriverState *set);
 
 /*
  * Use O_DIRECT from now on if the image does: after the last

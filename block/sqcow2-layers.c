@@ -336,3 +336,12 @@ Sqcow2Layer *sqcow2_layers_append(BlockDriverState *set_bs,
     layer_go_direct(set_bs, layer);
     return set->layers;
 }
+
+void sqcow2_layers_pop(BlockDriverState *set_bs)
+{
+    LayerSet *set = set_bs->opaque;
+    Sqcow2Layer *layer = &set->layers[--set->nb_layers];
+
+    assert(!layer->child);
+    sqcow2_layer_free(layer);
+}

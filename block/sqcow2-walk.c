@@ -705,7 +705,7 @@ static void verify_layer(Walk *w, const Sqcow2Layer *layer,
     }
 }
 
-static void free_layer(Sqcow2Layer *layer)
+void sqcow2_layer_free(Sqcow2Layer *layer)
 {
     if (layer->fd >= 0) {
         qemu_close(layer->fd);      /* it may be from an fd set */
@@ -716,7 +716,7 @@ static void free_layer(Sqcow2Layer *layer)
 void sqcow2_layers_free(Sqcow2Layer *layers, uint32_t nb_layers)
 {
     for (uint32_t i = 0; i < nb_layers; i++) {
-        free_layer(&layers[i]);
+        sqcow2_layer_free(&layers[i]);
     }
     g_free(layers);
 }
@@ -759,7 +759,7 @@ static int walk_hop(Walk *w, const char *above, const char *backing,
     if (ret < 0) {
         error_prepend(errp, "Layer %u below the active image, '%s', ",
                       w->layers->len + 1, layer.filename);
-        free_layer(&layer);
+        sqcow2_layer_free(&layer);
         return ret;
     }
     layer.has_stamp = hdr->has_record;
@@ -882,6 +882,6 @@ int sqcow2_peek_cluster_bits(const char *filename, const char *backing,
     if (layer.fd >= 0 && parse_qcow2(&layer, true, hdr, NULL) == 0) {
         bits = hdr->cluster_bits;
     }
-    free_layer(&layer);
+    sqcow2_layer_free(&layer);
     return bits;
 }
