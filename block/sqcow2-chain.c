@@ -438,10 +438,27 @@ void sqcow2_refresh_later(BlockDriverState *bs)
     bdrv_graph_rdunlock_main_loop();
 }
 
+/* Of an image that is empty the layer directly below tells enough. */
+static int refresh_empty(const char *filename, QDict *options)
+{
+    BlockDriverState *bs = bdrv_open(filename, NULL, options,
+                                     BDRV_O_RDWR | BDRV_O_NO_BACKING, NULL);
+    int ret;
+
+    if (!bs) {
+        return -EIO;
+    }
+    bdrv_graph_rdlock_main_loop();
+    ret = bs->drv == &bdrv_sqcow2 && sqcow2_is_indexable(bs) ?
+          sqcow2_index_empty(bs, NULL) : -ENOTSUP;
+    bdrv_graph_rdunlock_main_loop();
+    bdrv_unref(bs);
+    return ret;
+}
+
 void sqcow2_refresh(void)
 {
     g_autofree char *filename = g_steal_pointer(&refresh_filename);
-    BlockDriverState *bs;
     QDict *options;
 
     GLOBAL_STATE_CODE();
@@ -454,6 +471,9 @@ void sqcow2_refresh(void)
         qdict_put_str(options, "driver", "sqcow2");
     }
     real_nodes = REAL_NONE;
-    bs = bdrv_open(filename, NULL, options, BDRV_O_RDWR, NULL);
-    bdrv_unref(bs);
+    if (refresh_empty(filename, qdict_clone_shallow(options)) == -ENOTSUP) {
+        bdrv_unref(bdrv_open(filename, NULL, qdict_clone_shallow(options),
+                             BDRV_O_RDWR, NULL));
+    }
+    qobject_unref(options);
 }

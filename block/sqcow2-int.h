@@ -348,6 +348,15 @@ int GRAPH_RDLOCK sqcow2_index_store(BlockDriverState *bs,
 int coroutine_fn GRAPH_RDLOCK
 sqcow2_index_create(BlockDriverState *bs, Error **errp);
 
+/*
+ * Store an index in an image that has no own L2 tables and no valid index, as
+ * in a new one: by looking at the layer directly below.  The image is
+ * writable and has no requests; it was opened without its layers.
+ * Returns 0, -ENOTSUP if the image is not like that, or another negative errno
+ * with @errp set.
+ */
+int GRAPH_RDLOCK sqcow2_index_empty(BlockDriverState *bs, Error **errp);
+
 /* Read the layer table; NULL with @errp set on error, or if empty. */
 uint8_t *sqcow2_read_layer_table(BlockDriverState *bs,
                                  const Sqcow2Record *record, Error **errp);

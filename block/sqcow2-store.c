@@ -494,3 +494,54 @@ int sqcow2_index_store(BlockDriverState *bs, const Sqcow2Record *below,
     free_tables(bs, &old);
     return 0;
 }
+
+/* Own tables would have to be completed from the layers below. */
+static bool has_own_tables(BDRVSqcow2State *s)
+{
+    for (int i = 0; i < s->q.l1_size; i++) {
+        if (s->q.l1_table[i]) {
+            return true;
+        }
+    }
+    return s->q.nb_snapshots;
+}
+
+/*
+ * So far nothing in the file has meant anything to a layer above but the
+ * record: the new tables stand in clusters that were free.  So the new stamp
+ * (S3) may come with the index that it is for, in one write.
+ */
+int sqcow2_index_empty(BlockDriverState *bs, Error **errp)
+{
+    ERRP_GUARD();
+    BDRVSqcow2State *s = bs->opaque;
+    Sqcow2Record old = s->record, rec = {};
+    Sqcow2View view = {};
+    int ret;
+
+    if (!s->has_record || s->changed || old.flags || old.root.entries ||
+        old.layer_table.entries || !bs->auto_backing_file[0] ||
+        has_own_tables(s)) {
+        return -ENOTSUP;
+    }
+    ret = index_lower(bs, &view, &rec, errp);
+    sqcow2_view_free(&view);
+    if (ret == 0) {
+        ret = qcow2_flush_caches(bs);
+    }
+    if (ret == 0) {
+        rec.flags = SQCOW2_FLAG_INDEX_VALID;
+        s->record = rec;
+        ret = sqcow2_record_new_stamp(s, errp);
+    }
+    if (ret == 0) {
+        ret = sqcow2_record_write(bs);
+    }
+    if (ret < 0) {
+        s->record = old;
+        if (!*errp) {
+            error_setg_errno(errp, -ret, "Could not store the index");
+        }
+    }
+    return ret;
+}

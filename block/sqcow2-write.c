@@ -131,13 +131,11 @@ static int GRAPH_RDLOCK sqcow2_make_empty(BlockDriverState *bs)
     if (s->has_record) {
         Sqcow2Record old = s->record;
 
-        ret = sqcow2_begin_change_locked(bs);
-        if (ret < 0) {
-            return ret;
-        }
+        /* One write for S3 and for this */
         s->record.flags &= ~SQCOW2_FLAG_INDEX_VALID;
         s->record.root = s->record.layer_table = (Sqcow2TableRef) {};
-        ret = sqcow2_record_write(bs);
+        ret = s->changed ? sqcow2_record_write(bs)
+                         : sqcow2_begin_change_locked(bs);
         if (ret < 0) {
             s->record = old;
             return ret;
