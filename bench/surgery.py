@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Figures of operations on a long chain: commit and stream of a layer near its top.
+
+qcow2 does the same on a chain of ten layers whose upper layers hold the same data.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+from chains import Chain, Layer, RandomContent, build, plan
+from measure import MIB, interleave
+from report import Figure, Limit
+from tools import BenchError, Image, Tools, describe_status, shorten
+
+SHORT_CHAIN = 10
+
+
+def shortened(layers: list[Layer], count: int) -> list[Layer]:
+    """The same layers, but the lowest ones taken together, so that `count` are left."""
+    bottom = [cluster for layer in layers[:1 - count] for cluster in layer.data]
+    return [Layer(data=sorted(bottom))] + layers[1 - count:]
+
+
+@contextmanager
+def restored(chain: Chain, upper: int) -> Iterator[list[str]]:
+    """Names of the upper layers, top first; afterwards the files are as before."""
+    names = [chain.name(chain.layers - 1 - i) for i in range(upper)]
+    for name in names:
+        shutil.copy(chain.folder / name, chain.folder / f'{name}.kept')
+    os.sync()
+    try:
+        yield names
+    finally:
+        for name in names:
+            os.replace(chain.folder / f'{name}.kept', chain.folder / name)
+
+
+class Daemon:
+    """A qemu-storage-daemon with one image open, spoken to by QMP."""
+
+    def __init__(self, tools: Tools, image: Image) -> None:
+        binary = tools.build_dir / 'storage-daemon' / 'qemu-storage-daemon'
+        self._process = subprocess.Popen(
+            [str(binary), '--chardev', 'stdio,id=qmp', '--monitor', 'chardev=qmp', '--blockdev',
+             f'driver={image.fmt},node-name=top,file.driver=file,file.filename={image.path}'],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._answer('QMP')
+        self.command('qmp_capabilities')
+
+    def __enter__(self) -> 'Daemon':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.communicate()
+
+    def _answer(self, *keys: str) -> dict[str, Any]:
+        assert self._process.stdout
+        for line in self._process.stdout:
+            message: dict[str, Any] = json.loads(line)
+            if 'error' in message:
+                raise BenchError(message['error']['desc'])
+            if any(key in message for key in keys):
+                return message
+        raise BenchError(f'qemu-storage-daemon: {describe_status(self._process.wait())}')
+
+    def command(self, name: str, **arguments: Any) -> Any:
+        """Its return value."""
+        assert self._process.stdin
+        line = {'execute': name, 'arguments': {k.replace('_', '-'): v
+                                               for k, v in arguments.items()}}
+        self._process.stdin.write(json.dumps(line).encode() + b'\n')
+        self._process.stdin.flush()
+        return self._answer('return')['return']
+
+    def job(self, name: str, **arguments: Any) -> None:
+        """Run a block job to its end."""
+        self.command(name, job_id='job', device='top', **arguments)
+        while True:
+            event = self._answer('event')
+            if event['event'] == 'BLOCK_JOB_COMPLETED':
+                if 'error' in event['data']:
+                    raise BenchError(f'{name}: {event["data"]["error"]}')
+                break
+        self.command('query-block-jobs')
+
+    def peak_rss(self) -> int:
+        """Peak resident memory in bytes."""
+        for line in Path(f'/proc/{self._process.pid}/status').read_text('ascii').splitlines():
+            if line.startswith('VmHWM:'):
+                return int(line.split()[1]) * 1024
+        raise BenchError('no VmHWM in /proc/PID/status: is this Linux?')
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an operation takes."""
+
+    milliseconds: float
+    mebibytes: float
+
+
+def live(tools: Tools, chain: Chain, job: str) -> Cost:
+    """Commit the layer below the top into the next, or stream it into the top."""
+    with restored(chain, 3) as names, Daemon(tools, chain.image()) as daemon:
+        start = time.perf_counter()
+        if job == 'block-commit':
+            daemon.job(job, top=str(chain.folder / names[1]), base=str(chain.folder / names[2]))
+        else:
+            daemon.job(job, base=str(chain.folder / names[2]))
+        return Cost(1000 * (time.perf_counter() - start), daemon.peak_rss() / MIB)
+
+
+def commit_active(tools: Tools, chain: Chain) -> Cost:
+    """qemu-img commit of the top layer."""
+    command = [tools.img, 'commit', '-q', '-f', chain.fmt, str(chain.image().path)]
+    with restored(chain, 2):
+        start = time.perf_counter()
+        process = subprocess.Popen(command)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise BenchError(f'{describe_status(process.returncode)}: {shorten(command)}')
+        return Cost(1000 * (time.perf_counter() - start), usage.ru_maxrss / 1024)
+
+
+def surgery(tools: Tools, work: Path, chain: Chain, size: int, rounds: int,
+            say: Callable[[str], None]) -> Iterator[Figure]:
+    """Time and memory of each operation, long chain : short qcow2 chain."""
+    content = RandomContent(size, min(size // 65536, 16384))
+    say(f'building: qcow2, {SHORT_CHAIN} layers, the same data')
+    short = build(tools, work / f'qcow2-{SHORT_CHAIN}-of-{chain.layers}', 'qcow2', content,
+                  shortened(plan(content, chain.layers), SHORT_CHAIN))
+    names = f'{chain.fmt} {chain.layers}', f'qcow2 {SHORT_CHAIN}'
+    kinds: list[tuple[str, str, Callable[[Chain], Cost]]] = [
+        ('commit', 'block-commit of one layer', lambda c: live(tools, c, 'block-commit')),
+        ('stream', 'block-stream of one layer', lambda c: live(tools, c, 'block-stream')),
+        ('commit-active', 'qemu-img commit', lambda c: commit_active(tools, c))]
+    for key, title, kind in kinds:
+        ours: list[Cost] = []
+        theirs: list[Cost] = []
+
+        def sample(costs: list[Cost], c: Chain, kind: Callable[[Chain], Cost] = kind) -> float:
+            costs.append(kind(c))
+            return 0
+
+        interleave(rounds, lambda: sample(ours, chain), lambda: sample(theirs, short))
+        for what, unit in (('time', 'milliseconds'), ('memory', 'mebibytes')):
+            parts = [[getattr(cost, unit) for cost in costs] for costs in (ours, theirs)]
+            yield Figure(f'{key}-{what}', f'{title}, {what}, {names[0]} : {names[1]}', 'ratio',
+                         [a / b for a, b in zip(*parts)], Limit(1.2), dict(zip(names, parts)))
