@@ -165,12 +165,10 @@ int sqcow2_invalidate_index(BlockDriverState *bs)
     if (!s->has_record || !(s->record.flags & SQCOW2_FLAG_INDEX_VALID)) {
         return 0;
     }
-    ret = sqcow2_begin_change_locked(bs);
-    if (ret < 0) {
-        return ret;
-    }
     s->record.flags &= ~SQCOW2_FLAG_INDEX_VALID;
-    ret = sqcow2_record_write(bs);
+    /* At the start of a session one write does both */
+    ret = s->changed ? sqcow2_record_write(bs)
+                     : sqcow2_begin_change_locked(bs);
     if (ret < 0) {
         s->record.flags |= SQCOW2_FLAG_INDEX_VALID;
     }

@@ -449,9 +449,9 @@ int sqcow2_index_store(BlockDriverState *bs, const Sqcow2Record *below,
                    "index can be stored");
         return -ENOTSUP;
     }
-    ret = sqcow2_begin_change_locked(bs);
+    ret = sqcow2_invalidate_index(bs);
     if (ret == 0) {
-        ret = sqcow2_invalidate_index(bs);
+        ret = sqcow2_begin_change_locked(bs);
     }
     if (below) {
         rec.layer = below->layer + 1;

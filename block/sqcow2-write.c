@@ -189,9 +189,9 @@ sqcow2_co_change_backing_file(BlockDriverState *bs, const char *backing_file,
 
     /* qcow2's code writes the header, with the record as it is in memory */
     qemu_co_mutex_lock(&s->q.lock);
-    ret = sqcow2_begin_change_locked(bs);
+    ret = sqcow2_invalidate_index(bs);
     if (ret == 0) {
-        ret = sqcow2_invalidate_index(bs);
+        ret = sqcow2_begin_change_locked(bs);
     }
     if (ret == 0) {
         ret = bdrv_qcow2.bdrv_co_change_backing_file(bs, backing_file,
