@@ -34,11 +34,12 @@ class Scale:
     counted_reads: int = 5000
     writes: int = 20000
     long_chain: int = 10000
+    reindex_size: int = 100 * GIB
     aios: tuple[str, ...] = ('threads', 'io_uring')
 
 
 QUICK = Scale(rounds=7, reads=8000, creates=15, opens=15, memory_rounds=3, counted_reads=2500,
-              writes=5000, long_chain=0)
+              writes=5000, long_chain=0, reindex_size=0)
 
 
 class Bench:
@@ -245,6 +246,33 @@ class Bench:
         """Commit and stream near the top of the long chain."""
         yield from surgery(self.tools, self.work, self.chain(self.subject, self.scale.layers),
                            self.scale.size, self.scale.opens, self.say)
+
+    def reindex(self) -> Iterator[Figure]:
+        """Rebase without a look at the data, and the first open, which stores a new index.
+
+        A large and mostly empty disk: each layer owns clusters in a few regions, with an L2
+        table each.  Also what it takes to index a chain that has nothing to start from.
+        """
+        scale = self.scale
+        if not scale.reindex_size:
+            return
+        clusters = scale.reindex_size // 65536 // 100
+        chain = self.chain(self.subject, scale.layers, scale.reindex_size, clusters)
+        top = chain.image()
+        for number in (scale.layers - 1, scale.layers // 2, 1):
+            times = [measure.rebase_seconds(self.tools, chain.image(number),
+                                            chain.name(number - 1), top)
+                     for _ in range(max(5, scale.creates // 3))]
+            yield Figure(f'reindex-{number}', f'rebase -u of layer {number} of '
+                         f'{scale.layers - 1}, and re-index of the top', 's',
+                         [sum(pair) for pair in times], Limit(1),
+                         {'rebase': [a for a, _ in times], 're-index': [b for _, b in times]})
+        self.drop(chain)
+        plain = self.chain('qcow2', scale.layers, scale.reindex_size, clusters)
+        yield Figure('adopt', f'sqcow2 snapshot on {scale.layers} qcow2 layers without index', 's',
+                     [measure.snapshot_seconds(self.tools, plain.image(), self.work, 'sqcow2')
+                      for _ in range(5)])
+        self.drop(plain)
 
     def content(self) -> Iterator[Figure]:
         """Every byte of the chains against what was written; garbage lies below each cluster.

@@ -145,10 +145,18 @@ def peak_rss(tools: Tools, image: Image, read_size: int = 0) -> float:
         return qemu_io.peak_rss() / MIB
 
 
-def snapshot_seconds(tools: Tools, image: Image, scratch: Path) -> float:
+def rebase_seconds(tools: Tools, image: Image, backing: str, top: Image) -> tuple[float, float]:
+    """qemu-img rebase -u of an image; opening the top of the chain for writing after that."""
+    rebased = timed_ok([tools.img, 'rebase', '-q', '-u', '-f', image.fmt, '-b', backing,
+                        '-F', image.fmt, str(image.path)])
+    opened = timed_ok([tools.io, '-f', top.fmt, '-c', 'quit', str(top.path)])
+    return rebased, opened
+
+
+def snapshot_seconds(tools: Tools, image: Image, scratch: Path, fmt: str = '') -> float:
     """qemu-img create of a snapshot on an image; the snapshot is removed."""
     overlay = scratch / 'snapshot'
-    result = timed([tools.img, 'create', '-q', '-f', image.fmt, '-b', str(image.path),
+    result = timed([tools.img, 'create', '-q', '-f', fmt or image.fmt, '-b', str(image.path),
                     '-F', image.fmt, str(overlay)])
     overlay.unlink(missing_ok=True)
     if result.status:

@@ -73,6 +73,14 @@ void sqcow2_cache_free(Sqcow2Cache *c)
     g_free(c);
 }
 
+void sqcow2_cache_clear(Sqcow2Cache *c)
+{
+    memset(c->buckets, 0xff, (c->bucket_mask + 1) * sizeof(*c->buckets));
+    for (uint32_t i = 0; i < c->nb_slots; i++) {
+        c->slots[i].cached = false;
+    }
+}
+
 uint64_t *sqcow2_cache_find(Sqcow2Cache *c, uint64_t key)
 {
     uint32_t i;

@@ -156,7 +156,7 @@ static void GRAPH_RDLOCK store_if_writable(BlockDriverState *bs)
     if (s->has_record && bdrv_is_writable(bs) &&
         !(bs->open_flags & (BDRV_O_INACTIVE | BDRV_O_CHECK))) {
         /* On failure the view in memory serves */
-        sqcow2_index_store(bs, NULL, NULL);
+        sqcow2_index_store(bs, NULL);
     }
 }
 
@@ -168,8 +168,11 @@ static int GRAPH_RDLOCK make_view(BlockDriverState *bs, Error **errp)
     if (load_index(bs)) {
         s->mode = SQCOW2_MODE_INDEXED;
     } else {
-        ret = sqcow2_view_build(s->layers, s->layer, s->q.cluster_bits,
-                                &s->view, errp);
+        bool valid = s->has_record &&
+                     s->record.flags & SQCOW2_FLAG_INDEX_VALID;
+
+        ret = sqcow2_view_build(bs, valid ? &s->record : NULL, s->layers,
+                                s->layer, true, &s->view, errp);
         if (ret < 0) {
             return ret;
         }

@@ -169,12 +169,11 @@ static int take_layers(BlockDriverState *bs, BlockDriverState *lower,
 static int absorb(BlockDriverState *bs, BlockDriverState *lower, Error **errp)
 {
     BDRVSqcow2State *s = bs->opaque, *ls = lower->opaque;
-    Sqcow2Record below = ls->record;
     Sqcow2Chain chain;
     Sqcow2View view;
     int ret;
 
-    if (below.layer == SQCOW2_MAX_LAYERS - 1) {
+    if (ls->record.layer == SQCOW2_MAX_LAYERS - 1) {
         error_setg(errp, "The chain has as many layers as an index can count");
         return -EFBIG;
     }
@@ -191,12 +190,13 @@ static int absorb(BlockDriverState *bs, BlockDriverState *lower, Error **errp)
     g_free(chain.layers);               /* what is in it has been handed over */
 
     s->view = view;
+    s->view.vouched = true;
     s->mode = SQCOW2_MODE_REBUILT;
     sqcow2_renew_cache(bs);
     if (s->has_record && bdrv_is_writable(bs)) {
         bdrv_graph_rdlock_main_loop();
         /* On failure the view in memory serves */
-        sqcow2_index_store(bs, &below, NULL);
+        sqcow2_index_store(bs, NULL);
         bdrv_graph_rdunlock_main_loop();
     }
     return 0;

@@ -10,9 +10,11 @@
  *   sqcow2-read.c    read path, block status
  *   sqcow2-write.c   what writing adds to qcow2's
  *   sqcow2-store.c   write an index into an image, new or not
- *   sqcow2-index.c   make an index: share, build, load
+ *   sqcow2-build.c   make an index from what of the chain's is still true
+ *   sqcow2-index.c   read an index: share, load
  *   sqcow2-record.c  the record in the header: find, change, write in place
  *   sqcow2-lookup.c  guest offset -> owner, host offset, kind, run
+ *   sqcow2-merge.c   L2 tables merged from those of several layers
  *   sqcow2-cache.c   L2 slices of other layers, and of merged tables
  *   sqcow2-layers.c  the layer set: a protocol node over all layers' files
  *   sqcow2-walk.c    follow the backing links, parse headers, verify stamps
@@ -64,15 +66,45 @@ typedef struct Sqcow2Chain {
     char *distrust;             /* why the index does not fit; NULL: it does */
 } Sqcow2Chain;
 
+/* A part of the chain in which one file's index tells who owns what */
+typedef struct Sqcow2Segment {
+    int32_t shift;              /* a layer's place less its number there */
+    uint16_t lowest;            /* place of the lowest layer of the segment */
+    bool vouched;               /* false: just standard entries count (S1) */
+    bool complete;              /* what it names is true and needs no shift */
+} Sqcow2Segment;
+
+/* One table for a region.  Its owners count if they are in its segment. */
+typedef struct Sqcow2Source {
+    uint64_t host_offset;       /* of the L2 table; 0: the layer is raw */
+    uint32_t next;              /* below it; or SQCOW2_NO_SOURCE */
+    uint16_t layer;             /* in whose file; nb_layers: the active's */
+    uint16_t segment;
+} Sqcow2Source;
+#define SQCOW2_NO_SOURCE UINT32_MAX
+
+/* Of what the tables of a view are to be merged */
+typedef struct Sqcow2Sources {
+    const Sqcow2Layer *layers;  /* not owned */
+    uint32_t nb_layers;
+    int cluster_bits;
+    GArray *segments;           /* of Sqcow2Segment, from the top down */
+    Sqcow2Source *sources;
+    uint32_t nb_sources;
+    uint32_t nb_allocated;
+} Sqcow2Sources;
+
 /*
  * A runtime root table: on-disk entries in host byte order (validated), plus
- * entries of kind SQCOW2_ROOT_MEMORY, whose low bits index @tables.
+ * entries of kind SQCOW2_ROOT_MERGE for tables that no file has: their low 32
+ * bits are the index of the region's highest source.
  */
-#define SQCOW2_ROOT_MEMORY 3
+#define SQCOW2_ROOT_MERGE 3
 typedef struct Sqcow2View {
     uint64_t *root;
     uint32_t entries;
-    GPtrArray *tables;          /* of L2 tables in memory, as on disk */
+    bool vouched;               /* by the layer directly below, for all (S8) */
+    Sqcow2Sources *sources;     /* NULL: nothing is to be merged */
 } Sqcow2View;
 
 typedef enum Sqcow2Mode {
@@ -183,6 +215,22 @@ static inline void sqcow2_set_clips(Sqcow2Layer *layers, uint32_t nb_layers)
 int sqcow2_layer_pread(const Sqcow2Layer *layer, uint64_t host_offset,
                        uint64_t bytes, void *buf);
 
+/* Read the record of a layer again.  False if it has none that counts. */
+bool sqcow2_layer_record(const Sqcow2Layer *layer, Sqcow2Record *record);
+
+/* Read a layer's layer table; NULL if it is damaged or empty. */
+uint8_t *sqcow2_layer_read_table(const Sqcow2Layer *layer,
+                                 const Sqcow2Record *record);
+
+/* Is @layer as it was when @desc was made? */
+typedef enum Sqcow2LayerCompared {
+    SQCOW2_LAYER_SAME,
+    SQCOW2_LAYER_UNSURE,        /* its modification time does not tell */
+    SQCOW2_LAYER_CHANGED,
+} Sqcow2LayerCompared;
+Sqcow2LayerCompared sqcow2_compare_layer(const Sqcow2Layer *layer,
+                                         const Sqcow2LayerDesc *desc);
+
 /*
  * Describe a layer for the layer table.  Waits for up to 50 ms
  * until its modification time can be told from that of a later change.
@@ -239,6 +287,9 @@ static inline uint64_t sqcow2_set_offset(uint16_t layer, uint64_t host_offset)
 Sqcow2Cache *sqcow2_cache_new(size_t slice_bytes, uint64_t max_bytes);
 void sqcow2_cache_free(Sqcow2Cache *c);
 
+/* Forget all slices. */
+void sqcow2_cache_clear(Sqcow2Cache *c);
+
 /* Returns the slice with this key, or NULL. */
 uint64_t *sqcow2_cache_find(Sqcow2Cache *c, uint64_t key);
 
@@ -249,6 +300,38 @@ uint64_t *sqcow2_cache_find(Sqcow2Cache *c, uint64_t key);
  */
 uint64_t *sqcow2_cache_take(Sqcow2Cache *c);
 void sqcow2_cache_add(Sqcow2Cache *c, uint64_t key, uint64_t *slice);
+
+/* sqcow2-merge.c */
+
+Sqcow2Sources *sqcow2_sources_new(const Sqcow2Layer *layers,
+                                  uint32_t nb_layers, int cluster_bits);
+void sqcow2_sources_free(Sqcow2Sources *s);
+
+/* Returns the index of a new source in the last segment, or NO_SOURCE. */
+uint32_t sqcow2_sources_add(Sqcow2Sources *s, uint16_t layer,
+                            uint64_t host_offset);
+
+/*
+ * Merge @nb_entries entries, from @first on, of the L2 table for region
+ * @l1_index, a MERGE entry of @view; big-endian, as in a file.  Reads through
+ * the layer set @set, or blocking if that is NULL.  q.lock held in coroutines.
+ * Returns 0 or a negative errno with @errp set: -EINVAL for an entry that
+ * breaks a rule.
+ */
+int GRAPH_RDLOCK sqcow2_merge(BlockDriverState *bs, const Sqcow2View *view,
+                              uint32_t l1_index, uint32_t first,
+                              uint32_t nb_entries, BdrvChild *set,
+                              uint64_t *merged, Error **errp);
+
+/*
+ * Is there a root entry that says the same as the whole table @merged of
+ * region @l1_index?  Blocking.
+ * Returns 1 and sets @root_entry, 0, or a negative errno.
+ */
+int GRAPH_RDLOCK sqcow2_merge_root(BlockDriverState *bs,
+                                   const Sqcow2View *view, uint32_t l1_index,
+                                   const uint64_t *merged,
+                                   uint64_t *root_entry);
 
 /* sqcow2-lookup.c */
 
@@ -308,12 +391,21 @@ int sqcow2_view_read(BlockDriverState *bs, const Sqcow2Record *record,
 int sqcow2_view_load(BlockDriverState *bs, const Sqcow2Record *record,
                      Sqcow2View *view, Error **errp);
 
+/* Read the root table of @layer; its entries are not validated. */
+int sqcow2_layer_read_root(const Sqcow2Layer *layer,
+                           const Sqcow2Record *record, Sqcow2View *view,
+                           Error **errp);
+
 /*
- * Build the view of layers[nb_layers - 1] from standard entries alone (S1).
- * Blocking, iterative.  Returns 0 or a negative errno with @errp set.
+ * Read the L1 table of @layer, without VM state, in host byte order.
+ * Returns its number of entries or a negative errno with @errp set.
  */
-int sqcow2_view_build(const Sqcow2Layer *layers, uint32_t nb_layers,
-                      int cluster_bits, Sqcow2View *view, Error **errp);
+int64_t sqcow2_read_l1(const Sqcow2Layer *layer, uint32_t index,
+                       uint64_t region_size, uint64_t **l1, Error **errp);
+
+/* Returns 0, or -EINVAL with @errp set if no L2 table can stand there. */
+int sqcow2_table_in_file(const Sqcow2Layer *layer, uint32_t index,
+                         uint64_t host_offset, int cluster_bits, Error **errp);
 
 /*
  * The view of @lower, whose own index is valid: its L1 table where set, its
@@ -323,6 +415,19 @@ int sqcow2_view_build(const Sqcow2Layer *layers, uint32_t nb_layers,
 int sqcow2_view_share(const Sqcow2Layer *lower, const Sqcow2Record *record,
                       int cluster_bits, Sqcow2View *view, Error **errp);
 
+/* sqcow2-build.c */
+
+/*
+ * Build the view of layers[nb_layers - 1] for the image @bs above, whose
+ * record is @record if its index is valid, else NULL.  Without @trust no
+ * index is believed, just standard entries (S1).
+ * Reads L1 and root tables, blocking; @layers must outlive the view.
+ * Returns 0 or a negative errno with @errp set.
+ */
+int sqcow2_view_build(BlockDriverState *bs, const Sqcow2Record *record,
+                      const Sqcow2Layer *layers, uint32_t nb_layers,
+                      bool trust, Sqcow2View *view, Error **errp);
+
 /* sqcow2-store.c */
 
 /*
@@ -330,15 +435,10 @@ int sqcow2_view_share(const Sqcow2Layer *lower, const Sqcow2Record *record,
  * make the index valid: REBUILT turns into INDEXED.  Or make a base of an
  * image that has no layers below.  The image is writable; q.lock held in
  * coroutines.
- *
- * @below: the record of the layer directly below, if that vouches for itself
- *         and for those below it; NULL: a layer table describes them all.
- *
  * Returns 0, or a negative errno with @errp set; then all goes on as before:
  * -ENOTSUP if an internal snapshot is larger than the disk.
  */
-int GRAPH_RDLOCK sqcow2_index_store(BlockDriverState *bs,
-                                    const Sqcow2Record *below, Error **errp);
+int GRAPH_RDLOCK sqcow2_index_store(BlockDriverState *bs, Error **errp);
 
 /*
  * Give a freshly created image its feature bit, record and, when the layers

@@ -4,15 +4,17 @@
  *
  * The lookup of docs/sqcow2.rst.  Up to two tables speak about a cluster: the
  * own L2 table (through qcow2's cache) and the one that the view of the layer
- * below names (through ours, or in memory).  While the index is trusted the
- * own table alone decides where it exists (S7); after a rebuild only its
- * standard entries count (S1), and the view below decides for the rest.
+ * below names (through ours; it may have to be merged first).  While the index
+ * is trusted the own table alone decides where it exists (S7); after a rebuild
+ * only its standard entries count (S1), and the view below decides for the
+ * rest.
  *
  * Everything here runs under q.lock, as qcow2's own lookups do.  The own
  * slice is taken first and is pinned; a slice of ours is good until the next
  * one is loaded.
  */
 #include "qemu/osdep.h"
+#include "qapi/error.h"
 #include "sqcow2-int.h"
 
 /* A slice of a table that speaks about the clusters at hand, or none */
@@ -77,6 +79,40 @@ static int GRAPH_RDLOCK load_slice(BlockDriverState *bs, uint16_t layer,
     return 0;
 }
 
+/* Merge slice @slice of the table for a region that no file has. */
+static int GRAPH_RDLOCK load_merged(BlockDriverState *bs, uint64_t l1_index,
+                                    unsigned slice, const uint64_t **merged)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    uint32_t nb_entries = s->q.l2_slice_size;
+    /* Past the addresses of all files */
+    uint64_t key = ((uint64_t)SQCOW2_MAX_LAYERS << SQCOW2_HOST_BITS) +
+                   (l1_index << s->q.cluster_bits) +
+                   slice * nb_entries * sizeof(uint64_t);
+    uint64_t *buf = sqcow2_cache_find(s->cache, key);
+    Error *local_err = NULL;
+    int ret;
+
+    if (!buf) {
+        buf = sqcow2_cache_take(s->cache);
+        if (!buf) {
+            return -ENOMEM;
+        }
+        ret = sqcow2_merge(bs, &s->view, l1_index, slice * nb_entries,
+                           nb_entries, s->set, buf, &local_err);
+        if (ret == -EINVAL) {
+            ret = corrupt(bs, "%s", error_get_pretty(local_err));
+        }
+        if (ret < 0) {
+            error_free(local_err);
+            return ret;
+        }
+        sqcow2_cache_add(s->cache, key, buf);
+    }
+    *merged = buf;
+    return 0;
+}
+
 /* Find what the view of the layer below has for slice @slice of a region. */
 static int GRAPH_RDLOCK load_below(BlockDriverState *bs, uint64_t l1_index,
                                    unsigned slice, Table *below)
@@ -93,11 +129,9 @@ static int GRAPH_RDLOCK load_below(BlockDriverState *bs, uint64_t l1_index,
         return 0;
     }
     entry = s->view.root[l1_index];
-    if (entry >> 62 == SQCOW2_ROOT_MEMORY) {
+    if (entry >> 62 == SQCOW2_ROOT_MERGE) {
         below->layer = s->layer;
-        below->slice = g_ptr_array_index(s->view.tables, (uint32_t)entry) +
-                       slice_offset;
-        return 0;
+        return load_merged(bs, l1_index, slice, &below->slice);
     }
     if (sqcow2_decode_root(entry, s->layer, s->q.cluster_bits, &root) < 0) {
         return corrupt(bs, "Root table entry 0x%" PRIx64 " is invalid", entry);

@@ -15,6 +15,7 @@
  */
 #include "qemu/osdep.h"
 #include "qemu/crc32c.h"
+#include "qemu/qemu-progress.h"
 #include "qapi/error.h"
 #include "sqcow2-int.h"
 
@@ -55,46 +56,94 @@ static int GRAPH_RDLOCK write_table(BlockDriverState *bs, const void *buf,
     return ret;
 }
 
+static bool show_progress;      /* set once, by qemu-img, at start */
+
+void sqcow2_show_progress(void)
+{
+    show_progress = true;
+    qemu_progress_init(true, 1.f);
+}
+
+static void progress(uint32_t done, uint32_t all)
+{
+    if (show_progress) {
+        qemu_progress_print(100.f * done / all, 0);
+        if (done == all) {
+            qemu_progress_end();
+        }
+    }
+}
+
 /*
- * Write merged tables and the root table of @view; set rec->root.  Entries of
- * @view for tables in memory turn into entries for tables of this file.
+ * Merge the table of region @i of @view and write it, unless some file has
+ * the same one already; set the root entry.  @table: memory for it.
  */
-static int GRAPH_RDLOCK write_view(BlockDriverState *bs, Sqcow2View *view,
-                                   Sqcow2Record *rec)
+static int GRAPH_RDLOCK write_merged(BlockDriverState *bs, Sqcow2View *view,
+                                     uint32_t i, uint16_t own_layer,
+                                     uint64_t *table, Error **errp)
 {
     BDRVSqcow2State *s = bs->opaque;
     uint32_t table_entries = s->q.cluster_size / sizeof(uint64_t);
+    Sqcow2Root root = {
+        .kind = SQCOW2_ROOT_TABLE,
+        .layer = own_layer,
+    };
+    Sqcow2TableRef ref;
+    uint64_t entry;
+    int ret;
+
+    ret = sqcow2_merge(bs, view, i, 0, table_entries, NULL, table, errp);
+    if (ret < 0) {
+        return ret;
+    }
+    ret = sqcow2_merge_root(bs, view, i, table, &entry);
+    if (ret == 0) {
+        ret = write_table(bs, table, table_entries, sizeof(uint64_t), &ref);
+        root.host_offset = ref.host_offset;
+        entry = ret < 0 ? 0 : sqcow2_encode_root(&root, s->q.cluster_bits);
+    }
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Could not write the index");
+        return ret;
+    }
+    view->root[i] = entry;
+    return 0;
+}
+
+/*
+ * Write merged tables and the root table of @view; set rec->root.  Entries of
+ * @view for tables to be merged turn into entries for tables in files.
+ */
+static int GRAPH_RDLOCK write_view(BlockDriverState *bs, Sqcow2View *view,
+                                   Sqcow2Record *rec, Error **errp)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    g_autofree uint64_t *table = g_malloc(s->q.cluster_size);
     g_autofree uint64_t *raw = g_new(uint64_t, MAX(view->entries, 1));
     bool empty = true;
     int ret;
 
     for (uint32_t i = 0; i < view->entries; i++) {
-        Sqcow2Root root = {
-            .kind = SQCOW2_ROOT_TABLE,
-            .layer = rec->layer,
-        };
-        Sqcow2TableRef ref;
-
-        empty = empty && !view->root[i];
-        if (view->root[i] >> 62 != SQCOW2_ROOT_MEMORY) {
-            continue;
+        if (view->root[i] >> 62 == SQCOW2_ROOT_MERGE) {
+            ret = write_merged(bs, view, i, rec->layer, table, errp);
+            if (ret < 0) {
+                return ret;
+            }
         }
-        ret = write_table(bs, g_ptr_array_index(view->tables,
-                                                (uint32_t)view->root[i]),
-                          table_entries, sizeof(uint64_t), &ref);
-        if (ret < 0) {
-            return ret;
+        raw[i] = cpu_to_be64(view->root[i]);
+        empty = empty && !raw[i];
+        if (view->sources) {
+            progress(i + 1, view->entries);
         }
-        root.host_offset = ref.host_offset;
-        view->root[i] = sqcow2_encode_root(&root, s->q.cluster_bits);
     }
     if (empty) {
         return 0;               /* entries behind the end are absent */
     }
-    for (uint32_t i = 0; i < view->entries; i++) {
-        raw[i] = cpu_to_be64(view->root[i]);
+    ret = write_table(bs, raw, view->entries, SQCOW2_ROOT_SIZE, &rec->root);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Could not write the index");
     }
-    return write_table(bs, raw, view->entries, SQCOW2_ROOT_SIZE, &rec->root);
+    return ret;
 }
 
 /*
@@ -139,7 +188,6 @@ static int GRAPH_RDLOCK index_whole_chain(BlockDriverState *bs,
                                           Sqcow2View *view, Sqcow2Record *rec,
                                           Error **errp)
 {
-    BDRVSqcow2State *s = bs->opaque;
     int ret;
 
     /* Describe before reading: a change in between then shows */
@@ -147,8 +195,8 @@ static int GRAPH_RDLOCK index_whole_chain(BlockDriverState *bs,
     if (ret < 0) {
         return ret;
     }
-    return sqcow2_view_build(chain->layers, chain->nb_layers,
-                             s->q.cluster_bits, view, errp);
+    return sqcow2_view_build(bs, NULL, chain->layers, chain->nb_layers, true,
+                             view, errp);
 }
 
 /* The layer below is indexed: share its tables. */
@@ -212,10 +260,7 @@ static int GRAPH_RDLOCK index_lower(BlockDriverState *bs, Sqcow2View *view,
         }
     }
     if (ret == 0) {
-        ret = write_view(bs, view, rec);
-        if (ret < 0) {
-            error_setg_errno(errp, -ret, "Could not write the index");
-        }
+        ret = write_view(bs, view, rec, errp);
     }
     sqcow2_chain_free(&chain);
     return ret;
@@ -416,6 +461,24 @@ static void GRAPH_RDLOCK free_tables(BlockDriverState *bs,
     sqcow2_view_free(&view);
 }
 
+/*
+ * Put into @rec what the view of the layers below rests on: that the layer
+ * directly below is the one that vouches for it, or all layers (S8).
+ */
+static int GRAPH_RDLOCK describe_below(BlockDriverState *bs,
+                                       Sqcow2Record *rec, Error **errp)
+{
+    BDRVSqcow2State *s = bs->opaque;
+
+    if (!s->view.vouched) {
+        return write_layer_table(bs, s->layers, s->layer, rec, errp);
+    }
+    rec->layer = s->layer;
+    rec->below_kind = SQCOW2_LAYER_SQCOW2;
+    memcpy(rec->below_stamp, s->layers[s->layer - 1].stamp, SQCOW2_STAMP_SIZE);
+    return 0;
+}
+
 /* Make the record name the new tables; on failure it is as before. */
 static int GRAPH_RDLOCK switch_record(BlockDriverState *bs,
                                       const Sqcow2Record *rec)
@@ -434,12 +497,49 @@ static int GRAPH_RDLOCK switch_record(BlockDriverState *bs,
     return ret;
 }
 
-int sqcow2_index_store(BlockDriverState *bs, const Sqcow2Record *below,
-                       Error **errp)
+/*
+ * The index could not be stored: go on with the view as it was, whose root
+ * was @root, and free what was written.
+ */
+static void GRAPH_RDLOCK undo_store(BlockDriverState *bs, uint64_t *root,
+                                    const Sqcow2Record *rec)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    const Sqcow2TableRef *root_table = &rec->root;
+    const Sqcow2TableRef *layer_table = &rec->layer_table;
+
+    for (uint32_t i = 0; i < s->view.entries; i++) {
+        Sqcow2Root entry;
+
+        if (s->view.root[i] != root[i] &&
+            sqcow2_decode_root(s->view.root[i], s->layer, s->q.cluster_bits,
+                               &entry) == 0 &&
+            entry.kind == SQCOW2_ROOT_TABLE && entry.layer == s->layer) {
+            qcow2_free_clusters(bs, entry.host_offset, s->q.cluster_size,
+                                QCOW2_DISCARD_OTHER);
+        }
+        s->view.root[i] = root[i];
+    }
+    if (root_table->entries) {
+        qcow2_free_clusters(bs, root_table->host_offset,
+                            (uint64_t)root_table->entries * SQCOW2_ROOT_SIZE,
+                            QCOW2_DISCARD_OTHER);
+    }
+    if (layer_table->entries) {
+        qcow2_free_clusters(bs, layer_table->host_offset,
+                            (uint64_t)layer_table->entries * SQCOW2_DESC_SIZE,
+                            QCOW2_DISCARD_OTHER);
+    }
+    sqcow2_cache_clear(s->cache);
+}
+
+int sqcow2_index_store(BlockDriverState *bs, Error **errp)
 {
     ERRP_GUARD();
     BDRVSqcow2State *s = bs->opaque;
     Sqcow2Record old = s->record, rec = {};
+    g_autofree uint64_t *root = g_memdup2(s->view.root, (size_t)
+                                          s->view.entries * sizeof(uint64_t));
     int ret;
 
     assert(s->has_record && (s->mode == SQCOW2_MODE_REBUILT || !s->layer));
@@ -453,15 +553,12 @@ int sqcow2_index_store(BlockDriverState *bs, const Sqcow2Record *below,
     if (ret == 0) {
         ret = sqcow2_begin_change_locked(bs);
     }
-    if (below) {
-        rec.layer = below->layer + 1;
-        rec.below_kind = SQCOW2_LAYER_SQCOW2;
-        memcpy(rec.below_stamp, below->stamp, SQCOW2_STAMP_SIZE);
-    } else if (ret == 0 && s->layer) {
-        ret = write_layer_table(bs, s->layers, s->layer, &rec, errp);
-        if (ret < 0) {
-            return ret;
-        }
+    if (ret == 0 && s->layer) {
+        ret = describe_below(bs, &rec, errp);
+    }
+    /* Merged tables first: to complete others, they need not be merged again */
+    if (ret == 0) {
+        ret = write_view(bs, &s->view, &rec, errp);
     }
     if (ret == 0) {
         ret = complete_tables(bs, s->q.l1_table, s->q.l1_vm_state_index);
@@ -470,26 +567,24 @@ int sqcow2_index_store(BlockDriverState *bs, const Sqcow2Record *below,
         ret = complete_snapshots(bs);
     }
     if (ret == 0) {
-        ret = write_view(bs, &s->view, &rec);
-    }
-    if (ret == 0) {
         ret = qcow2_flush_caches(bs);
     }
-    if (ret < 0) {
-        /* Not the root table: the view in memory uses tables that it names */
-        if (rec.layer_table.entries) {
-            qcow2_free_clusters(bs, rec.layer_table.host_offset,
-                                (uint64_t)rec.layer_table.entries *
-                                SQCOW2_DESC_SIZE, QCOW2_DISCARD_OTHER);
-        }
-    } else {
+    if (ret < 0 && s->layer) {
+        undo_store(bs, root, &rec);
+    }
+    if (ret == 0) {
+        /* Should that fail, nobody knows which record is in the file */
         ret = switch_record(bs, &rec);
     }
     if (ret < 0) {
-        error_setg_errno(errp, -ret, "Could not store the index");
+        if (!*errp) {
+            error_setg_errno(errp, -ret, "Could not store the index");
+        }
         return ret;
     }
     s->mode = s->layer ? SQCOW2_MODE_INDEXED : SQCOW2_MODE_OFF;
+    sqcow2_sources_free(s->view.sources);
+    s->view.sources = NULL;
     g_clear_pointer(&s->distrust, g_free);
     free_tables(bs, &old);
     return 0;

@@ -481,6 +481,18 @@ static int parse_qcow2(Sqcow2Layer *layer, bool want_sqcow2, LayerHeader *hdr,
     return 0;
 }
 
+bool sqcow2_layer_record(const Sqcow2Layer *layer, Sqcow2Record *record)
+{
+    g_autofree LayerHeader *hdr = g_new0(LayerHeader, 1);
+    Sqcow2Layer again = *layer;
+
+    if (parse_qcow2(&again, true, hdr, NULL) < 0 || !hdr->has_record) {
+        return false;
+    }
+    *record = hdr->record;
+    return true;
+}
+
 /* Parse a layer that the link above calls @fmt; "" makes us look. */
 static int parse_layer(Walk *w, Sqcow2Layer *layer, const char *fmt,
                        LayerHeader *hdr, Error **errp)
@@ -602,6 +614,31 @@ int sqcow2_describe_layer(const Sqcow2Layer *layer, Sqcow2LayerDesc *desc,
     return crc_of_header_and_l1(layer, &desc->crc, errp);
 }
 
+Sqcow2LayerCompared sqcow2_compare_layer(const Sqcow2Layer *layer,
+                                         const Sqcow2LayerDesc *desc)
+{
+    uint32_t crc;
+
+    if (desc->kind != desc_kind(layer)) {
+        return SQCOW2_LAYER_CHANGED;
+    }
+    if (desc->kind == SQCOW2_LAYER_SQCOW2) {
+        return memcmp(desc->stamp, layer->stamp, SQCOW2_STAMP_SIZE) ?
+               SQCOW2_LAYER_CHANGED : SQCOW2_LAYER_SAME;
+    }
+    if (desc->virtual_size != layer->virtual_size) {
+        return SQCOW2_LAYER_CHANGED;
+    }
+    if (desc->kind == SQCOW2_LAYER_RAW) {
+        return SQCOW2_LAYER_SAME;
+    }
+    if (!desc->mtime_ns || desc->mtime_ns != mtime_now(layer->fd)) {
+        return SQCOW2_LAYER_UNSURE;
+    }
+    return crc_of_header_and_l1(layer, &crc, NULL) < 0 || crc != desc->crc ?
+           SQCOW2_LAYER_CHANGED : SQCOW2_LAYER_SAME;
+}
+
 static void G_GNUC_PRINTF(2, 3) distrust(Walk *w, const char *fmt, ...)
 {
     va_list ap;
@@ -625,50 +662,40 @@ static void distrust_modified(Walk *w, const Sqcow2Layer *layer,
 static void verify_by_table(Walk *w, const Sqcow2Layer *layer, uint32_t index)
 {
     Sqcow2LayerDesc desc;
-    uint32_t crc;
 
     if (!w->layer_table ||
         sqcow2_decode_desc(w->layer_table + index * SQCOW2_DESC_SIZE, &desc,
                            NULL) < 0) {
         distrust(w, "the layer table above layer %u '%s' is damaged", index,
                  layer->filename);
-    } else if (desc.kind != desc_kind(layer)) {
-        distrust_modified(w, layer, index);
-    } else if (desc.kind == SQCOW2_LAYER_SQCOW2) {
-        if (memcmp(desc.stamp, layer->stamp, SQCOW2_STAMP_SIZE)) {
-            distrust_modified(w, layer, index);
-        }
-    } else if (desc.virtual_size != layer->virtual_size) {
-        distrust_modified(w, layer, index);
-    } else if (desc.kind == SQCOW2_LAYER_RAW) {
         return;
-    } else if (!desc.mtime_ns || desc.mtime_ns != mtime_now(layer->fd)) {
+    }
+    switch (sqcow2_compare_layer(layer, &desc)) {
+    case SQCOW2_LAYER_SAME:
+        break;
+    case SQCOW2_LAYER_UNSURE:
         distrust(w, "layer %u '%s' may have been modified since a layer above "
                  "it was indexed", index, layer->filename);
-    } else if (crc_of_header_and_l1(layer, &crc, NULL) < 0 ||
-               crc != desc.crc) {
+        break;
+    case SQCOW2_LAYER_CHANGED:
         distrust_modified(w, layer, index);
+        break;
     }
 }
 
-/* The layer table of the sQcow2 layer that was just found */
-static void load_layer_table(Walk *w, const Sqcow2Layer *layer,
-                             const Sqcow2Record *rec)
+uint8_t *sqcow2_layer_read_table(const Sqcow2Layer *layer,
+                                 const Sqcow2Record *record)
 {
-    uint64_t bytes = (uint64_t)rec->layer_table.entries * SQCOW2_DESC_SIZE;
+    uint64_t bytes = (uint64_t)record->layer_table.entries * SQCOW2_DESC_SIZE;
+    g_autofree uint8_t *buf = bytes ? g_try_malloc(bytes) : NULL;
 
-    g_free(w->layer_table_buf);
-    w->layer_table = w->layer_table_buf = NULL;
-    if (!bytes) {
-        return;
+    if (!buf ||
+        sqcow2_layer_pread(layer, record->layer_table.host_offset, bytes,
+                           buf) < 0 ||
+        crc32c(0xffffffff, buf, bytes) != record->layer_table.crc) {
+        return NULL;
     }
-    w->layer_table_buf = g_malloc(bytes);
-    if (sqcow2_layer_pread(layer, rec->layer_table.host_offset, bytes,
-                           w->layer_table_buf) == 0 &&
-        crc32c(0xffffffff, w->layer_table_buf, bytes) ==
-        rec->layer_table.crc) {
-        w->layer_table = w->layer_table_buf;
-    }
+    return g_steal_pointer(&buf);
 }
 
 /* Compare @layer with the stamp that w->above expects directly below; S8. */
@@ -688,7 +715,9 @@ static void verify_by_stamp(Walk *w, const Sqcow2Layer *layer,
                  hdr->record.layer, index);
     } else {
         w->above = hdr->record;
-        load_layer_table(w, layer, &hdr->record);
+        g_free(w->layer_table_buf);
+        w->layer_table_buf = sqcow2_layer_read_table(layer, &hdr->record);
+        w->layer_table = w->layer_table_buf;
     }
 }
 

@@ -218,7 +218,7 @@ sqcow2_co_check(BlockDriverState *bs, BdrvCheckResult *result,
     }
     /* The index does not fit the layers below: store one that does */
     qemu_co_mutex_lock(&s->q.lock);
-    ret = sqcow2_index_store(bs, NULL, &local_err);
+    ret = sqcow2_index_store(bs, &local_err);
     qemu_co_mutex_unlock(&s->q.lock);
     if (ret == -ENOTSUP) {
         warn_report_err(local_err);     /* it works without, if slower */
