@@ -153,10 +153,22 @@ def rebase_seconds(tools: Tools, image: Image, backing: str, top: Image) -> tupl
     return rebased, opened
 
 
-def snapshot_seconds(tools: Tools, image: Image, scratch: Path, fmt: str = '') -> float:
+def adopt_seconds(tools: Tools, image: Image, size: int, scratch: Path) -> float:
+    """Index a qcow2 chain in a new sqcow2 image on top of it.
+
+    -u, because qemu-img would open a node for each layer to learn the size.
+    """
+    overlay = scratch / 'adopted'
+    seconds = timed_ok([tools.img, 'create', '-q', '-u', '-f', 'sqcow2', '-b', str(image.path),
+                        '-F', image.fmt, str(overlay), str(size)])
+    overlay.unlink()
+    return seconds
+
+
+def snapshot_seconds(tools: Tools, image: Image, scratch: Path) -> float:
     """qemu-img create of a snapshot on an image; the snapshot is removed."""
     overlay = scratch / 'snapshot'
-    result = timed([tools.img, 'create', '-q', '-f', fmt or image.fmt, '-b', str(image.path),
+    result = timed([tools.img, 'create', '-q', '-f', image.fmt, '-b', str(image.path),
                     '-F', image.fmt, str(overlay)])
     overlay.unlink(missing_ok=True)
     if result.status:

@@ -120,6 +120,23 @@ static void test_budget(void **state)
     sqcow2_cache_free(c);
 }
 
+static void test_clear(void **state)
+{
+    Sqcow2Cache *c = sqcow2_cache_new(SLICE_BYTES, 16 * SLICE_BYTES);
+
+    for (int round = 0; round < 3; round++) {
+        for (int i = 0; i < 16; i++) {
+            assert_false(get(c, key_of(1, i)));
+        }
+        for (int i = 0; i < 16; i++) {
+            assert_true(get(c, key_of(1, i)));
+        }
+        sqcow2_cache_clear(c);
+    }
+    sqcow2_cache_clear(c);
+    sqcow2_cache_free(c);
+}
+
 static void test_random(void **state)
 {
     const char *env = getenv("SQCOW2_TEST_SEED");
@@ -181,6 +198,7 @@ int main(void)
         cmocka_unit_test(test_take_without_add),
         cmocka_unit_test(test_a_used_slice_outlives_others),
         cmocka_unit_test(test_budget),
+        cmocka_unit_test(test_clear),
         cmocka_unit_test(test_random),
         cmocka_unit_test(test_clips),
     };
