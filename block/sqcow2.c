@@ -128,7 +128,17 @@ static int GRAPH_UNLOCKED
 sqcow2_reopen_prepare(BDRVReopenState *state, BlockReopenQueue *queue,
                       Error **errp)
 {
-    int ret = bdrv_qcow2.bdrv_reopen_prepare(state, queue, errp);
+    BDRVSqcow2State *s = state->bs->opaque;
+    int ret;
+
+    if (state->flags & BDRV_O_RDWR && s->mode != SQCOW2_MODE_OFF &&
+        sqcow2_layers_are_pooled(s->layers, s->layer)) {
+        error_setg(errp, "'%s' has more layers than files may be open; raise "
+                   "the limit (ulimit -n) above the number of layers and "
+                   "start again to write to it", state->bs->filename);
+        return -EMFILE;
+    }
+    ret = bdrv_qcow2.bdrv_reopen_prepare(state, queue, errp);
 
     /* A node that becomes read-only can close its session only now */
     if (ret == 0 && !(state->flags & BDRV_O_RDWR)) {
