@@ -141,10 +141,12 @@ void sqcow2_renew_cache(BlockDriverState *bs)
     BDRVSqcow2State *s = bs->opaque;
     uint64_t bytes = (uint64_t)s->view.entries * s->q.cluster_size;
 
+    sqcow2_idle_stop(bs);
     sqcow2_cache_free(s->cache);
     s->cache = sqcow2_cache_new(s->q.l2_slice_size * sizeof(uint64_t),
                                 MIN(bytes, s->cache_bytes ?:
                                            DEFAULT_CACHE_BYTES));
+    sqcow2_idle_start(bs, bdrv_get_aio_context(bs));
 }
 
 /*
@@ -201,6 +203,7 @@ void sqcow2_drop_flat(BlockDriverState *bs)
     BDRVSqcow2State *s = bs->opaque;
 
     s->mode = SQCOW2_MODE_OFF;
+    sqcow2_idle_stop(bs);
     sqcow2_view_free(&s->view);
     sqcow2_cache_free(s->cache);
     s->cache = NULL;

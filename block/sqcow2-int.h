@@ -13,6 +13,7 @@
  *   sqcow2-index.c   make an index: share, build, load
  *   sqcow2-record.c  the record in the header: find, change, write in place
  *   sqcow2-lookup.c  guest offset -> owner, host offset, kind, run
+ *   sqcow2-idle.c    give the cache's memory back
  *   sqcow2-cache.c   L2 slices of other layers, and of merged tables
  *   sqcow2-layers.c  the layer set: a protocol node over all layers' files
  *   sqcow2-walk.c    follow the backing links, parse headers, verify stamps
@@ -93,6 +94,7 @@ typedef enum Sqcow2Mode {
 extern BlockDriver bdrv_sqcow2;
 
 typedef struct Sqcow2Cache Sqcow2Cache;
+typedef struct Sqcow2IdleTimer Sqcow2IdleTimer;
 
 typedef struct BDRVSqcow2State {
     BDRVQcow2State q;           /* must be first: upstream's code sees this */
@@ -104,6 +106,7 @@ typedef struct BDRVSqcow2State {
     Sqcow2Layer *layers;        /* owned by the layer set's node */
     Sqcow2View view;            /* of the layer below */
     Sqcow2Cache *cache;
+    Sqcow2IdleTimer *idle_timer;    /* NULL: not wanted */
     uint64_t cache_bytes;       /* budget from the options; 0: default */
     char *distrust;             /* why the index is not used; NULL: it is */
 
@@ -347,6 +350,21 @@ uint64_t *sqcow2_cache_find(Sqcow2Cache *c, uint64_t key);
 uint64_t *sqcow2_cache_take(Sqcow2Cache *c);
 void sqcow2_cache_add(Sqcow2Cache *c, uint64_t key, uint64_t *slice);
 
+/*
+ * Free the memory of slices that were neither found nor added since the last
+ * call.  One that is taken and not added yet stays.
+ */
+void sqcow2_cache_clean(Sqcow2Cache *c);
+
+/* sqcow2-idle.c */
+
+/*
+ * Clean the cache every "cache-clean-interval", in @context, from now on until
+ * it is stopped.  The node has no requests (stop: but perhaps ours).
+ */
+void sqcow2_idle_start(BlockDriverState *bs, AioContext *context);
+void sqcow2_idle_stop(BlockDriverState *bs);
+
 /* sqcow2-lookup.c */
 
 /*
@@ -476,7 +494,7 @@ bool sqcow2_locking_wanted(BlockDriverState *bs);
 int sqcow2_attach_set(BlockDriverState *bs, BlockDriverState *set_bs,
                       Error **errp);
 
-/* Start with an empty cache for the current slice size. */
+/* Start with an empty cache for the current slice size and interval. */
 void sqcow2_renew_cache(BlockDriverState *bs);
 
 /* sqcow2-read.c */
