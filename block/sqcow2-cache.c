@@ -8,11 +8,12 @@
  * that was not used since it last came by.  Find, take and add are O(1).
  *
  * A slice's life: taken (in no chain, so nobody finds it), filled by the
- * caller, added; found any number of times; evicted by a later take.  Slices
- * are never dirty (the files below do not change), so nothing is written
- * back and nothing is pinned: a pointer is good until the next take.
+ * caller, added; found any number of times; evicted by a later take, or freed
+ * by a clean when it was not found since the one before.  Slices are never
+ * dirty (the files below do not change), so nothing is written back and
+ * nothing is pinned: a pointer is good until the next take or clean.
  *
- * Not done: a lock (q.lock is held), shrinking.
+ * Not done: a lock (q.lock is held).
  */
 #include "qemu/osdep.h"
 #include "qemu/memalign.h"
@@ -26,13 +27,17 @@ typedef struct Slot {
     uint64_t *slice;
     uint32_t next;              /* in the chain of its bucket */
     bool cached;                /* is in a chain */
-    bool used;                  /* since the hand came by */
+    uint8_t used;               /* since when: USED_* */
 } Slot;
+
+#define USED_SINCE_HAND 1       /* since the hand came by */
+#define USED_SINCE_CLEAN 2
 
 struct Sqcow2Cache {
     size_t slice_bytes;
     uint32_t max_slots;
-    uint32_t nb_slots;          /* allocated so far */
+    uint32_t nb_slots;          /* used so far */
+    uint32_t free;              /* chain of those without memory among them */
     uint32_t hand;
     uint32_t bucket_mask;
     uint32_t *buckets;
@@ -57,6 +62,7 @@ Sqcow2Cache *sqcow2_cache_new(size_t slice_bytes, uint64_t max_bytes)
     c->buckets = g_new(uint32_t, nb_buckets);
     memset(c->buckets, 0xff, nb_buckets * sizeof(*c->buckets));
     c->slots = g_new0(Slot, c->max_slots);
+    c->free = NO_SLOT;
     return c;
 }
 
@@ -87,7 +93,7 @@ uint64_t *sqcow2_cache_find(Sqcow2Cache *c, uint64_t key)
 
     for (i = *bucket_of(c, key); i != NO_SLOT; i = c->slots[i].next) {
         if (c->slots[i].key == key) {
-            c->slots[i].used = true;
+            c->slots[i].used = USED_SINCE_HAND | USED_SINCE_CLEAN;
             return c->slots[i].slice;
         }
     }
@@ -105,19 +111,32 @@ static void unlink_slot(Sqcow2Cache *c, uint32_t slot)
     c->slots[slot].cached = false;
 }
 
+/* Take a slot that has no memory yet, or no longer. */
+static uint64_t *take_new(Sqcow2Cache *c)
+{
+    uint32_t i = c->free != NO_SLOT ? c->free : c->nb_slots;
+    Slot *slot = &c->slots[i];
+
+    slot->slice = qemu_try_memalign(MIN(c->slice_bytes, 4096),
+                                    c->slice_bytes);
+    if (!slot->slice) {
+        return NULL;
+    }
+    if (c->free != NO_SLOT) {
+        c->free = slot->next;
+    } else {
+        c->nb_slots++;
+    }
+    c->hand = i;
+    return slot->slice;
+}
+
 uint64_t *sqcow2_cache_take(Sqcow2Cache *c)
 {
     Slot *slot;
 
-    if (c->nb_slots < c->max_slots) {
-        slot = &c->slots[c->nb_slots];
-        slot->slice = qemu_try_memalign(MIN(c->slice_bytes, 4096),
-                                        c->slice_bytes);
-        if (!slot->slice) {
-            return NULL;
-        }
-        c->hand = c->nb_slots++;
-        return slot->slice;
+    if (c->free != NO_SLOT || c->nb_slots < c->max_slots) {
+        return take_new(c);
     }
     for (;;) {
         c->hand = c->hand + 1 < c->nb_slots ? c->hand + 1 : 0;
@@ -125,11 +144,11 @@ uint64_t *sqcow2_cache_take(Sqcow2Cache *c)
         if (!slot->cached) {
             return slot->slice;
         }
-        if (!slot->used) {
+        if (!(slot->used & USED_SINCE_HAND)) {
             unlink_slot(c, c->hand);
             return slot->slice;
         }
-        slot->used = false;
+        slot->used &= ~USED_SINCE_HAND;
     }
 }
 
@@ -142,6 +161,26 @@ void sqcow2_cache_add(Sqcow2Cache *c, uint64_t key, uint64_t *slice)
     slot->key = key;
     slot->next = *bucket;
     slot->cached = true;
-    slot->used = false;         /* one read does not make it a favourite */
+    slot->used = USED_SINCE_CLEAN;  /* one read makes it no favourite */
     *bucket = c->hand;
+}
+
+void sqcow2_cache_clean(Sqcow2Cache *c)
+{
+    for (uint32_t i = 0; i < c->nb_slots; i++) {
+        Slot *slot = &c->slots[i];
+
+        if (!slot->cached) {
+            continue;           /* without memory, or taken */
+        }
+        if (slot->used & USED_SINCE_CLEAN) {
+            slot->used &= ~USED_SINCE_CLEAN;
+            continue;
+        }
+        unlink_slot(c, i);
+        qemu_vfree(slot->slice);
+        slot->slice = NULL;
+        slot->next = c->free;
+        c->free = i;
+    }
 }

@@ -88,6 +88,8 @@ static int walk(BlockDriverState *bs, BlockDriverState *set_bs,
         .backing_fmt = bs->backing_format,
         .cluster_bits = s->q.cluster_bits,
         .locking = sqcow2_locking_wanted(bs),
+        /* Unlocked layers must not change under somebody who copies them */
+        .may_pool = bdrv_is_read_only(bs),
         .set = set_bs,
     };
 
@@ -139,10 +141,12 @@ void sqcow2_renew_cache(BlockDriverState *bs)
     BDRVSqcow2State *s = bs->opaque;
     uint64_t bytes = (uint64_t)s->view.entries * s->q.cluster_size;
 
+    sqcow2_idle_stop(bs);
     sqcow2_cache_free(s->cache);
     s->cache = sqcow2_cache_new(s->q.l2_slice_size * sizeof(uint64_t),
                                 MIN(bytes, s->cache_bytes ?:
                                            DEFAULT_CACHE_BYTES));
+    sqcow2_idle_start(bs, bdrv_get_aio_context(bs));
 }
 
 /*
@@ -202,6 +206,7 @@ void sqcow2_drop_flat(BlockDriverState *bs)
     BDRVSqcow2State *s = bs->opaque;
 
     s->mode = SQCOW2_MODE_OFF;
+    sqcow2_idle_stop(bs);
     sqcow2_view_free(&s->view);
     sqcow2_cache_free(s->cache);
     s->cache = NULL;
@@ -283,6 +288,23 @@ static int take_from_donor(BlockDriverState *bs)
     return 1;
 }
 
+/*
+ * A node for each layer: that fails better here than in the depth, where each
+ * level adds its own words to the error.
+ */
+static int check_room(BlockDriverState *bs, Error **errp)
+{
+    BDRVSqcow2State *s = bs->opaque;
+
+    if (real_nodes == REAL_ALL && s->has_record &&
+        s->record.flags & SQCOW2_FLAG_INDEX_VALID &&
+        !(bs->open_flags & BDRV_O_NO_IO) &&
+        !sqcow2_have_descriptors(s->record.layer, errp)) {
+        return -EMFILE;
+    }
+    return 0;
+}
+
 int sqcow2_open_flat(BlockDriverState *bs, QDict *options, Error **errp)
 {
     BDRVSqcow2State *s = bs->opaque;
@@ -291,10 +313,13 @@ int sqcow2_open_flat(BlockDriverState *bs, QDict *options, Error **errp)
     Error *local_err = NULL;
     int ret;
 
-    if (bs->drv != &bdrv_sqcow2 || !sqcow2_is_indexable(bs) || must_be_real(bs) ||
+    if (bs->drv != &bdrv_sqcow2 || !sqcow2_is_indexable(bs) ||
         bs->open_flags & BDRV_O_COPY_ON_READ ||
         sqcow2_has_backing_options(options)) {
         return 0;
+    }
+    if (must_be_real(bs)) {
+        return check_room(bs, errp);
     }
     if (bs->open_flags & BDRV_O_NO_IO) {
         return 1;               /* nobody will read: open nothing */
@@ -354,6 +379,10 @@ static int unflatten(BlockDriverState *bs, Error **errp)
     int open_flags = bs->open_flags;
     int ret;
 
+    ret = check_room(bs, errp);
+    if (ret < 0) {
+        return ret;
+    }
     bdrv_drained_begin(bs);
     donor = can_donate(bs) ? bs : NULL;
     s->mode = SQCOW2_MODE_OFF;

@@ -177,6 +177,11 @@ static int absorb(BlockDriverState *bs, BlockDriverState *lower, Error **errp)
         error_setg(errp, "The chain has as many layers as an index can count");
         return -EFBIG;
     }
+    if (!bdrv_is_read_only(bs) && ls->set &&
+        sqcow2_layers_are_pooled(ls->layers, ls->layer)) {
+        error_setg(errp, "A writer needs all layers open");
+        return -EMFILE;
+    }
     ret = open_layer(bs, lower, &chain, &view, errp);
     if (ret < 0) {
         return ret;

@@ -15,14 +15,17 @@
  *   sqcow2-record.c  the record in the header: find, change, write in place
  *   sqcow2-lookup.c  guest offset -> owner, host offset, kind, run
  *   sqcow2-merge.c   L2 tables merged from those of several layers
+ *   sqcow2-idle.c    give the cache's memory back
  *   sqcow2-cache.c   L2 slices of other layers, and of merged tables
  *   sqcow2-layers.c  the layer set: a protocol node over all layers' files
  *   sqcow2-walk.c    follow the backing links, parse headers, verify stamps
+ *   sqcow2-descriptors.c  open and lock layers; more layers than descriptors
  *   sqcow2-format.c  bytes
  *
  * Locks: qcow2's s->lock (here: s->q.lock) guards the own L1 table, the own
  * L2 cache and, in this driver, the slice cache and the record.  It is held
- * for lookups, never for data I/O.  There is no other lock.
+ * for lookups, never for data I/O.  The lock of a pool of descriptors, where
+ * there is one, is a leaf.  There is no other lock.
  */
 #ifndef BLOCK_SQCOW2_INT_H
 #define BLOCK_SQCOW2_INT_H
@@ -36,8 +39,9 @@
 /* One layer below the active one; its place in an array is its index. */
 typedef struct Sqcow2Layer {
     Sqcow2LayerKind kind;
-    int fd;                     /* -1: read through @child */
-    BdrvChild *child;           /* of the layer set; NULL if @fd is used */
+    int fd;                     /* -1: read through @child or @pooled */
+    BdrvChild *child;           /* of the layer set; or NULL */
+    struct Sqcow2PooledFile *pooled;    /* too few descriptors; or NULL */
     uint64_t virtual_size;      /* bytes */
     uint64_t clip;              /* S9: bytes visible through the layers above */
     uint64_t file_size;         /* bytes; block devices: the device's */
@@ -122,6 +126,7 @@ typedef enum Sqcow2Mode {
 extern BlockDriver bdrv_sqcow2;
 
 typedef struct Sqcow2Cache Sqcow2Cache;
+typedef struct Sqcow2IdleTimer Sqcow2IdleTimer;
 
 typedef struct BDRVSqcow2State {
     BDRVQcow2State q;           /* must be first: upstream's code sees this */
@@ -133,6 +138,7 @@ typedef struct BDRVSqcow2State {
     Sqcow2Layer *layers;        /* owned by the layer set's node */
     Sqcow2View view;            /* of the layer below */
     Sqcow2Cache *cache;
+    Sqcow2IdleTimer *idle_timer;    /* NULL: not wanted */
     uint64_t cache_bytes;       /* budget from the options; 0: default */
     char *distrust;             /* why the index is not used; NULL: it is */
 
@@ -188,6 +194,7 @@ typedef struct Sqcow2WalkOptions {
     const uint8_t *layer_table; /* encoded, of the active image, or NULL */
     bool one_hop;
     bool locking;
+    bool may_pool;              /* layers may be closed and opened again */
     BlockDriverState *set;
 } Sqcow2WalkOptions;
 
@@ -207,13 +214,6 @@ static inline void sqcow2_set_clips(Sqcow2Layer *layers, uint32_t nb_layers)
         layers[i].clip = clip;
     }
 }
-
-/*
- * Read @bytes at @host_offset of one layer's file, zeros behind its end.
- * Blocking.  Returns 0 or a negative errno.
- */
-int sqcow2_layer_pread(const Sqcow2Layer *layer, uint64_t host_offset,
-                       uint64_t bytes, void *buf);
 
 /* Read the record of a layer again.  False if it has none that counts. */
 bool sqcow2_layer_record(const Sqcow2Layer *layer, Sqcow2Record *record);
@@ -245,6 +245,106 @@ int sqcow2_describe_layer(const Sqcow2Layer *layer, Sqcow2LayerDesc *desc,
  */
 int sqcow2_peek_cluster_bits(const char *filename, const char *backing,
                              const char *backing_fmt);
+
+/* sqcow2-descriptors.c */
+
+/* A file system's clock may tick as slowly as this; if coarse, this */
+#define SQCOW2_TICK_NS (50 * SCALE_MS)
+#define SQCOW2_COARSE_TICK_NS (2 * NANOSECONDS_PER_SECOND)
+
+/* There is room for so many descriptors from the start. */
+#define SQCOW2_EARLY_DESCRIPTORS 4090
+
+typedef struct Sqcow2Pool Sqcow2Pool;
+typedef struct Sqcow2PooledFile Sqcow2PooledFile;
+
+/*
+ * Make room for @n more descriptors than @fd at once.  In a process with
+ * threads the kernel waits for an RCU grace period, 8 ms and more, each time
+ * that it has to enlarge the table.
+ */
+void sqcow2_reserve_descriptors(int fd, uint32_t n);
+
+/*
+ * Open @path for reading, with O_NONBLOCK, raising the soft limit of open
+ * files if need be.  Returns a descriptor or a negative errno with @errp set.
+ */
+int sqcow2_open_descriptor(const char *path, Error **errp);
+
+/*
+ * Was @fd, the latest one, among the last few that this process may have?
+ * Raises the soft limit if that helps.
+ */
+bool sqcow2_descriptors_are_scarce(int fd);
+
+/*
+ * Can @n more files be opened, raising the soft limit if need be?  If not,
+ * @errp is set.
+ */
+bool sqcow2_have_descriptors(uint32_t n, Error **errp);
+
+/*
+ * Take the locks of a reader that lets nobody write or resize, and look for
+ * others who do.  OFD locks: closing the descriptor gives them up.
+ * Returns 0 or a negative errno with @errp set.
+ */
+int sqcow2_lock_descriptor(int fd, Error **errp);
+
+/*
+ * Read @bytes at @host_offset of one layer's file, zeros behind its end.
+ * Blocking.  Returns 0 or a negative errno.
+ */
+int sqcow2_layer_pread(const Sqcow2Layer *layer, uint64_t host_offset,
+                       uint64_t bytes, void *buf);
+
+/*
+ * A descriptor of the layer, or a negative number if it has none.  Blocking.
+ * Good until it is put back, once.
+ */
+int sqcow2_layer_get(const Sqcow2Layer *layer);
+void sqcow2_layer_put(const Sqcow2Layer *layer);
+
+/*
+ * A pool of about @max_open descriptors; @locking: lock what is opened again.
+ * Its files, and the caller until sqcow2_pool_unref(), keep it alive.  While
+ * there are requests only _get, _co_get and _put may be called, from any
+ * thread.
+ */
+Sqcow2Pool *sqcow2_pool_new(uint32_t max_open, bool locking);
+void sqcow2_pool_unref(Sqcow2Pool *pool);
+
+/*
+ * As sqcow2_open_descriptor(), closing a file of the pool if need be; for a
+ * layer that is added next.
+ */
+int sqcow2_pool_open(Sqcow2Pool *pool, const char *path, Error **errp);
+
+/*
+ * Let @pool have the descriptor of @layer, which is locked if locks are
+ * wanted; @layer gets a pooled file instead.  A layer that has no descriptor,
+ * or is not a regular file, stays as it is.
+ */
+void sqcow2_pool_add(Sqcow2Pool *pool, Sqcow2Layer *layer);
+void sqcow2_pool_remove(Sqcow2PooledFile *file);
+
+/* Has one of the layers no descriptor of its own? */
+bool sqcow2_layers_are_pooled(const Sqcow2Layer *layers, uint32_t nb_layers);
+
+/* The layer's index, for messages */
+void sqcow2_pool_set_index(Sqcow2PooledFile *file, uint32_t index);
+
+/* Use O_DIRECT from now on, where it can be used. */
+void sqcow2_pool_go_direct(Sqcow2PooledFile *file);
+
+/*
+ * Returns the file's descriptor, to be put back by sqcow2_pool_put(), or a
+ * negative errno; then the reason was reported.  _get blocks, and needs the
+ * pool not to be used up by requests; of _co_get's callers each must hold no
+ * other descriptor of the pool.
+ */
+int sqcow2_pool_get(Sqcow2PooledFile *file);
+int coroutine_fn sqcow2_pool_co_get(Sqcow2PooledFile *file);
+void sqcow2_pool_put(Sqcow2PooledFile *file);
 
 /* sqcow2-layers.c */
 
@@ -332,6 +432,20 @@ int GRAPH_RDLOCK sqcow2_merge_root(BlockDriverState *bs,
                                    const Sqcow2View *view, uint32_t l1_index,
                                    const uint64_t *merged,
                                    uint64_t *root_entry);
+/*
+ * Free the memory of slices that were neither found nor added since the last
+ * call.  One that is taken and not added yet stays.
+ */
+void sqcow2_cache_clean(Sqcow2Cache *c);
+
+/* sqcow2-idle.c */
+
+/*
+ * Clean the cache every "cache-clean-interval", in @context, from now on until
+ * it is stopped.  The node has no requests (stop: but perhaps ours).
+ */
+void sqcow2_idle_start(BlockDriverState *bs, AioContext *context);
+void sqcow2_idle_stop(BlockDriverState *bs);
 
 /* sqcow2-lookup.c */
 
@@ -479,7 +593,7 @@ bool sqcow2_locking_wanted(BlockDriverState *bs);
 int sqcow2_attach_set(BlockDriverState *bs, BlockDriverState *set_bs,
                       Error **errp);
 
-/* Start with an empty cache for the current slice size. */
+/* Start with an empty cache for the current slice size and interval. */
 void sqcow2_renew_cache(BlockDriverState *bs);
 
 /* sqcow2-read.c */

@@ -3,9 +3,10 @@
  * sQcow2: the layer set, one protocol node over the files of all layers
  *
  * Serves address "layer << 46 | host_offset" of a space of 2^62 bytes, read
- * only.  A layer is a bare descriptor, or for other protocols than local
- * files a child node.  So 1000 layers cost one node, and still the block
- * layer gives padding for O_DIRECT, draining, request tracking, statistics.
+ * only.  A layer is a bare descriptor, or a file of a pool where there are too
+ * few of them, or for other protocols than local files a child node.  So 1000
+ * layers cost one node, and still the block layer gives padding for O_DIRECT,
+ * draining, request tracking, statistics.
  *
  * The array of layers is handed over after the walk has opened and locked
  * them, grows by one with each live snapshot, and does not change while
@@ -187,6 +188,35 @@ read_bounced(BlockDriverState *bs, int fd, uint64_t host_offset,
 }
 
 static int coroutine_fn GRAPH_RDLOCK
+read_file(BlockDriverState *bs, int fd, uint64_t host_offset,
+          QEMUIOVector *qiov)
+{
+    if (bs->open_flags & BDRV_O_NOCACHE && !is_aligned(qiov)) {
+        return read_bounced(bs, fd, host_offset, qiov);
+    }
+    return read_descriptor(bs, fd, host_offset, qiov);
+}
+
+/* A layer that has no descriptor of its own */
+static int coroutine_fn GRAPH_RDLOCK
+read_indirectly(BlockDriverState *bs, Sqcow2Layer *layer, uint64_t host_offset,
+                QEMUIOVector *qiov)
+{
+    int fd, ret;
+
+    if (layer->child) {
+        return bdrv_co_preadv(layer->child, host_offset, qiov->size, qiov, 0);
+    }
+    fd = sqcow2_pool_co_get(layer->pooled);
+    if (fd < 0) {
+        return fd;
+    }
+    ret = read_file(bs, fd, host_offset, qiov);
+    sqcow2_pool_put(layer->pooled);
+    return ret;
+}
+
+static int coroutine_fn GRAPH_RDLOCK
 layers_co_preadv(BlockDriverState *bs, int64_t offset, int64_t bytes,
                  QEMUIOVector *qiov, BdrvRequestFlags flags)
 {
@@ -200,13 +230,10 @@ layers_co_preadv(BlockDriverState *bs, int64_t offset, int64_t bytes,
         return -EINVAL;
     }
     layer = &set->layers[index];
-    if (layer->child) {
-        return bdrv_co_preadv(layer->child, host_offset, bytes, qiov, 0);
+    if (unlikely(layer->fd < 0)) {
+        return read_indirectly(bs, layer, host_offset, qiov);
     }
-    if (bs->open_flags & BDRV_O_NOCACHE && !is_aligned(qiov)) {
-        return read_bounced(bs, layer->fd, host_offset, qiov);
-    }
-    return read_descriptor(bs, layer->fd, host_offset, qiov);
+    return read_file(bs, layer->fd, host_offset, qiov);
 }
 
 static int64_t coroutine_fn layers_co_getlength(BlockDriverState *bs)
@@ -311,9 +338,14 @@ void sqcow2_layers_set(BlockDriverState *set_bs, Sqcow2Layer *layers,
 
 static void layer_go_direct(BlockDriverState *set_bs, const Sqcow2Layer *layer)
 {
+    if (!(set_bs->open_flags & BDRV_O_NOCACHE)) {
+        return;
+    }
     /* Where it does not take, reads work all the same */
-    if (set_bs->open_flags & BDRV_O_NOCACHE && layer->fd >= 0) {
+    if (layer->fd >= 0) {
         fcntl(layer->fd, F_SETFL, O_DIRECT);
+    } else if (layer->pooled) {
+        sqcow2_pool_go_direct(layer->pooled);
     }
 }
 

@@ -234,6 +234,7 @@ static int GRAPH_RDLOCK index_lower(BlockDriverState *bs, Sqcow2View *view,
         .cluster_bits = s->q.cluster_bits,
         .one_hop = true,
         .locking = qemu_has_ofd_lock(),
+        .may_pool = true,
     };
     int ret;
 

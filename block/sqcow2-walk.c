@@ -14,7 +14,6 @@
  * loop yet, and open is allowed to block, as file-posix's is.
  */
 #include "qemu/osdep.h"
-#include <sys/resource.h>
 #include "qemu/bswap.h"
 #include "qemu/crc32c.h"
 #include "qemu/cutils.h"
@@ -32,22 +31,6 @@
 /* Incompatible features that do not change where data lies */
 #define INDEXABLE_FEATURES (QCOW2_INCOMPAT_DIRTY | QCOW2_INCOMPAT_CORRUPT | \
                             QCOW2_INCOMPAT_COMPRESSION | SQCOW2_INCOMPAT_INDEX)
-
-/* qemu's image locking protocol: docs/system/qemu-block-drivers.rst.inc */
-enum {
-    IMG_LOCK_PERM_BASE = 100,
-    IMG_LOCK_SHARED_BASE = 200,
-    IMG_LOCK_READ = 0,
-    IMG_LOCK_WRITE = 1,
-    IMG_LOCK_RESIZE = 3,
-    IMG_LOCK_END = 300,
-};
-
-#define EARLY_DESCRIPTORS 4090
-
-/* A file system's clock may tick as slowly as this */
-#define MTIME_TICK_NS (50 * SCALE_MS)
-#define MTIME_COARSE_TICK_NS (2 * NANOSECONDS_PER_SECOND)
 
 /* What the header of one layer says */
 typedef struct LayerHeader {
@@ -67,6 +50,7 @@ typedef struct Walk {
     const Sqcow2WalkOptions *opts;
     GArray *layers;             /* of Sqcow2Layer, from the top down */
     GHashTable *seen;           /* of FileId */
+    Sqcow2Pool *pool;           /* of all layers so far; NULL: not needed */
     char *distrust;
 
     /* What is expected of the next layer; S8 */
@@ -89,155 +73,21 @@ static gboolean same_file_id(gconstpointer a, gconstpointer b)
     return !memcmp(a, b, sizeof(FileId));
 }
 
-static int fd_pread(int fd, uint64_t host_offset, uint64_t bytes, void *buf)
-{
-    uint8_t *p = buf;
-
-    while (bytes) {
-        ssize_t ret = RETRY_ON_EINTR(pread(fd, p, bytes, host_offset));
-
-        if (ret < 0) {
-            return -errno;
-        }
-        if (ret == 0) {
-            memset(p, 0, bytes);
-            return 0;
-        }
-        p += ret;
-        host_offset += ret;
-        bytes -= ret;
-    }
-    return 0;
-}
-
-int sqcow2_layer_pread(const Sqcow2Layer *layer, uint64_t host_offset,
-                       uint64_t bytes, void *buf)
-{
-    if (layer->child) {
-        return bdrv_pread(layer->child, host_offset, bytes, buf, 0);
-    }
-    return fd_pread(layer->fd, host_offset, bytes, buf);
-}
-
-/* Allow as many descriptors as the system does; tools do not do so. */
-static void raise_descriptor_limit(void)
-{
-    struct rlimit limit;
-
-    if (!getrlimit(RLIMIT_NOFILE, &limit) && limit.rlim_cur < limit.rlim_max) {
-        limit.rlim_cur = limit.rlim_max;
-        setrlimit(RLIMIT_NOFILE, &limit);
-    }
-}
-
-/*
- * Make room for @n more descriptors at once.  In a process with threads the
- * kernel waits for an RCU grace period, 8 ms and more, each time that it has
- * to enlarge the table.
- */
-static void reserve_descriptors(int fd, uint32_t n)
-{
-    int last = fcntl(fd, F_DUPFD_CLOEXEC, fd + n);
-
-    if (last < 0) {
-        raise_descriptor_limit();
-        last = fcntl(fd, F_DUPFD_CLOEXEC, fd + n);
-    }
-    if (last >= 0) {
-        close(last);
-    }
-}
-
-/*
- * Before main() there are no threads yet (QEMU's first one is made by a
- * constructor too, of no priority), and room for the descriptors of most
- * chains is free.  It takes 32 KiB of the kernel's memory.
- */
-static void __attribute__((constructor(101))) reserve_early(void)
-{
-    struct rlimit before, limit;
-
-    if (getrlimit(RLIMIT_NOFILE, &before) < 0) {
-        return;
-    }
-    limit = before;
-    limit.rlim_cur = MAX(before.rlim_cur,
-                         MIN(EARLY_DESCRIPTORS + 64, before.rlim_max));
-    setrlimit(RLIMIT_NOFILE, &limit);
-    reserve_descriptors(STDERR_FILENO, EARLY_DESCRIPTORS);
-    setrlimit(RLIMIT_NOFILE, &before);
-}
-
-static int open_file(const char *filename, Error **errp)
-{
-    int fd = qemu_open(filename, O_RDONLY | O_NONBLOCK, NULL);
-
-    if (fd < 0 && errno == EMFILE) {
-        raise_descriptor_limit();
-        fd = qemu_open(filename, O_RDONLY | O_NONBLOCK, NULL);
-    }
-    if (fd < 0 && errno == EMFILE) {
-        error_setg(errp, "too many open files; raise the limit of open files "
-                   "(ulimit -n) above the number of layers");
-        return -EMFILE;
-    }
-    if (fd < 0) {
-        int err = errno;
-
-        error_setg_errno(errp, err, "cannot be opened");
-        return -err;
-    }
-    return fd;
-}
-
-/*
- * Take the locks of a reader that lets nobody write or resize, and look for
- * others who do.  OFD locks: closing the descriptor gives them up.
- */
-static int lock_layer(int fd, Error **errp)
-{
-    static const int held[] = {
-        IMG_LOCK_PERM_BASE + IMG_LOCK_READ,
-        IMG_LOCK_SHARED_BASE + IMG_LOCK_WRITE,
-        IMG_LOCK_SHARED_BASE + IMG_LOCK_RESIZE,
-    };
-    static const int tested[] = {
-        IMG_LOCK_SHARED_BASE + IMG_LOCK_READ,
-        IMG_LOCK_PERM_BASE + IMG_LOCK_WRITE,
-        IMG_LOCK_PERM_BASE + IMG_LOCK_RESIZE,
-    };
-
-    int ret = 0;
-
-    for (int i = 0; ret == 0 && i < ARRAY_SIZE(held); i++) {
-        ret = qemu_lock_fd(fd, held[i], 1, false);
-    }
-    /* Mostly nobody else has any lock: one question instead of three */
-    if (ret == 0 && qemu_lock_fd_test(fd, IMG_LOCK_PERM_BASE,
-                                      IMG_LOCK_END - IMG_LOCK_PERM_BASE,
-                                      true) == 0) {
-        return 0;
-    }
-    for (int i = 0; ret == 0 && i < ARRAY_SIZE(tested); i++) {
-        ret = qemu_lock_fd_test(fd, tested[i], 1, true);
-    }
-    if (ret == -EAGAIN || ret == -EACCES) {
-        error_setg(errp, "is being written by another process "
-                   "(its \"write\" lock is taken)");
-        return -EAGAIN;
-    }
-    if (ret < 0) {
-        error_setg_errno(errp, -ret, "cannot be locked");
-    }
-    return ret;
-}
-
 /* True the first time that this file is met. */
 static bool note_file(Walk *w, const struct stat *st)
 {
     FileId id = { .device = st->st_dev, .inode = st->st_ino };
 
     return g_hash_table_add(w->seen, g_memdup2(&id, sizeof(id)));
+}
+
+/* Too few descriptors: from now on the layers share those that there are. */
+static void start_pool(Walk *w)
+{
+    w->pool = sqcow2_pool_new(w->layers->len + 1, w->opts->locking);
+    for (guint i = 0; i < w->layers->len; i++) {
+        sqcow2_pool_add(w->pool, &g_array_index(w->layers, Sqcow2Layer, i));
+    }
 }
 
 static int open_local_layer(Walk *w, Sqcow2Layer *layer, Error **errp)
@@ -253,13 +103,17 @@ static int open_local_layer(Walk *w, Sqcow2Layer *layer, Error **errp)
         error_setg(errp, "is a descriptor that was handed over");
         return -ENOTSUP;
     }
-    fd = open_file(path, errp);
+    fd = w->pool ? sqcow2_pool_open(w->pool, path, errp)
+                 : sqcow2_open_descriptor(path, errp);
     if (fd < 0) {
         return fd;
     }
     layer->fd = fd;
-    if (w->layers->len == 0 && w->nb_expected > EARLY_DESCRIPTORS / 2) {
-        reserve_descriptors(fd, w->nb_expected);
+    if (w->layers->len == 0 && w->nb_expected > SQCOW2_EARLY_DESCRIPTORS / 2) {
+        sqcow2_reserve_descriptors(fd, w->nb_expected);
+    }
+    if (w->opts->may_pool && !w->pool && sqcow2_descriptors_are_scarce(fd)) {
+        start_pool(w);
     }
 
     if (fstat(fd, &st) < 0) {
@@ -281,7 +135,7 @@ static int open_local_layer(Walk *w, Sqcow2Layer *layer, Error **errp)
         return -EIO;
     }
     if (w->opts->locking) {
-        ret = lock_layer(fd, errp);
+        ret = sqcow2_lock_descriptor(fd, errp);
         if (ret < 0) {
             return ret;
         }
@@ -544,14 +398,14 @@ static int64_t settled_mtime(int fd)
         mtime = st.st_mtim.tv_sec * NANOSECONDS_PER_SECOND +
                 st.st_mtim.tv_nsec;
         age = g_get_real_time() * 1000 - mtime;
-        if (age > MTIME_COARSE_TICK_NS ||
-            (age > MTIME_TICK_NS && st.st_mtim.tv_nsec)) {
+        if (age > SQCOW2_COARSE_TICK_NS ||
+            (age > SQCOW2_TICK_NS && st.st_mtim.tv_nsec)) {
             return mtime;
         }
         if (age < 0 || !st.st_mtim.tv_nsec) {
             return 0;
         }
-        g_usleep((MTIME_TICK_NS - MIN(age, MTIME_TICK_NS)) / 1000 + 1000);
+        g_usleep((SQCOW2_TICK_NS - MIN(age, SQCOW2_TICK_NS)) / 1000 + 1000);
     }
     return 0;
 }
@@ -600,6 +454,8 @@ static Sqcow2LayerKind desc_kind(const Sqcow2Layer *layer)
 int sqcow2_describe_layer(const Sqcow2Layer *layer, Sqcow2LayerDesc *desc,
                           Error **errp)
 {
+    int fd;
+
     *desc = (Sqcow2LayerDesc) { .kind = desc_kind(layer) };
     if (desc->kind == SQCOW2_LAYER_SQCOW2) {
         memcpy(desc->stamp, layer->stamp, SQCOW2_STAMP_SIZE);
@@ -610,7 +466,11 @@ int sqcow2_describe_layer(const Sqcow2Layer *layer, Sqcow2LayerDesc *desc,
         return 0;
     }
     /* The time first: a change during our reading makes a later one */
-    desc->mtime_ns = layer->fd < 0 ? 0 : settled_mtime(layer->fd);
+    fd = sqcow2_layer_get(layer);
+    if (fd >= 0) {
+        desc->mtime_ns = settled_mtime(fd);
+        sqcow2_layer_put(layer);
+    }
     return crc_of_header_and_l1(layer, &desc->crc, errp);
 }
 
@@ -746,6 +606,9 @@ void sqcow2_layer_free(Sqcow2Layer *layer)
     if (layer->fd >= 0) {
         qemu_close(layer->fd);      /* it may be from an fd set */
     }
+    if (layer->pooled) {
+        sqcow2_pool_remove(layer->pooled);
+    }
     g_free(layer->filename);
 }
 
@@ -802,6 +665,9 @@ static int walk_hop(Walk *w, const char *above, const char *backing,
     layer.writing = hdr->record.flags & SQCOW2_FLAG_WRITING;
     memcpy(layer.stamp, hdr->record.stamp, SQCOW2_STAMP_SIZE);
     verify_layer(w, &layer, hdr);
+    if (w->pool) {
+        sqcow2_pool_add(w->pool, &layer);
+    }
     g_array_append_val(w->layers, layer);
     return 0;
 }
@@ -877,6 +743,12 @@ int sqcow2_walk(const Sqcow2WalkOptions *opts, Sqcow2Chain *chain,
         chain->layers[i] = chain->layers[chain->nb_layers - 1 - i];
         chain->layers[chain->nb_layers - 1 - i] = tmp;
     }
+    sqcow2_pool_unref(w.pool);
+    for (uint32_t i = 0; i < chain->nb_layers; i++) {
+        if (chain->layers[i].pooled) {
+            sqcow2_pool_set_index(chain->layers[i].pooled, i);
+        }
+    }
     g_hash_table_unref(w.seen);
     g_free(w.layer_table_buf);
 
@@ -913,7 +785,8 @@ int sqcow2_peek_cluster_bits(const char *filename, const char *backing,
     if (layer.filename) {
         path = layer.filename;
         strstart(path, "file:", &path);
-        layer.fd = path_has_protocol(path) ? -1 : open_file(path, NULL);
+        layer.fd = path_has_protocol(path) ? -1 :
+                   sqcow2_open_descriptor(path, NULL);
     }
     if (layer.fd >= 0 && parse_qcow2(&layer, true, hdr, NULL) == 0) {
         bits = hdr->cluster_bits;

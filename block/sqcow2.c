@@ -111,6 +111,7 @@ static void GRAPH_UNLOCKED sqcow2_close(BlockDriverState *bs)
     BDRVSqcow2State *s = bs->opaque;
     bool inactive = bs->open_flags & BDRV_O_INACTIVE;
 
+    sqcow2_idle_stop(bs);
     sqcow2_view_free(&s->view);
     sqcow2_cache_free(s->cache);
     g_free(s->distrust);
@@ -128,7 +129,17 @@ static int GRAPH_UNLOCKED
 sqcow2_reopen_prepare(BDRVReopenState *state, BlockReopenQueue *queue,
                       Error **errp)
 {
-    int ret = bdrv_qcow2.bdrv_reopen_prepare(state, queue, errp);
+    BDRVSqcow2State *s = state->bs->opaque;
+    int ret;
+
+    if (state->flags & BDRV_O_RDWR && s->mode != SQCOW2_MODE_OFF &&
+        sqcow2_layers_are_pooled(s->layers, s->layer)) {
+        error_setg(errp, "'%s' has more layers than files may be open; raise "
+                   "the limit (ulimit -n) above the number of layers and "
+                   "start again to write to it", state->bs->filename);
+        return -EMFILE;
+    }
+    ret = bdrv_qcow2.bdrv_reopen_prepare(state, queue, errp);
 
     /* A node that becomes read-only can close its session only now */
     if (ret == 0 && !(state->flags & BDRV_O_RDWR)) {
@@ -147,8 +158,21 @@ static void sqcow2_reopen_commit(BDRVReopenState *state)
 
     bdrv_qcow2.bdrv_reopen_commit(state);
     if (s->mode != SQCOW2_MODE_OFF) {
-        sqcow2_renew_cache(state->bs);      /* for a new slice size */
+        sqcow2_renew_cache(state->bs);  /* for a new slice size, interval */
     }
+}
+
+static void sqcow2_detach_aio_context(BlockDriverState *bs)
+{
+    sqcow2_idle_stop(bs);
+    bdrv_qcow2.bdrv_detach_aio_context(bs);
+}
+
+static void sqcow2_attach_aio_context(BlockDriverState *bs,
+                                      AioContext *context)
+{
+    bdrv_qcow2.bdrv_attach_aio_context(bs, context);
+    sqcow2_idle_start(bs, context);
 }
 
 static void GRAPH_RDLOCK
@@ -272,6 +296,8 @@ sqcow2_co_invalidate_cache(BlockDriverState *bs, Error **errp)
     Sqcow2Record old = s->record;
     bool had_record = s->has_record;
 
+    /* On failure our close is never called */
+    sqcow2_idle_stop(bs);
     bdrv_qcow2.bdrv_co_invalidate_cache(bs, errp);
     if (*errp) {
         return;
@@ -293,7 +319,9 @@ sqcow2_co_invalidate_cache(BlockDriverState *bs, Error **errp)
         error_setg(errp, "The backing chain of '%s' was changed by another "
                    "process; open it again", bs->filename);
         bs->drv = NULL;
+        return;
     }
+    sqcow2_idle_start(bs, bdrv_get_aio_context(bs));
 }
 
 static int GRAPH_RDLOCK sqcow2_inactivate(BlockDriverState *bs)
@@ -391,6 +419,8 @@ static void bdrv_sqcow2_init(void)
     bdrv_sqcow2.bdrv_close = sqcow2_close;
     bdrv_sqcow2.bdrv_reopen_prepare = sqcow2_reopen_prepare;
     bdrv_sqcow2.bdrv_reopen_commit = sqcow2_reopen_commit;
+    bdrv_sqcow2.bdrv_detach_aio_context = sqcow2_detach_aio_context;
+    bdrv_sqcow2.bdrv_attach_aio_context = sqcow2_attach_aio_context;
     bdrv_sqcow2.bdrv_gather_child_options = sqcow2_gather_child_options;
     bdrv_sqcow2.bdrv_check_perm = sqcow2_check_perm;
     bdrv_sqcow2.bdrv_child_perm = sqcow2_child_perm;

@@ -48,8 +48,8 @@ def run_img(*args: str, nofile: Optional[Tuple[int, int]] = None
     return run_tool(*iotests.qemu_img_args, *args, nofile=nofile)
 
 
-def read_bytes(requests: Sequence[Tuple[int, int]], *args: str
-               ) -> List[bytes]:
+def read_bytes(requests: Sequence[Tuple[int, int]], *args: str,
+               nofile: Optional[Tuple[int, int]] = None) -> List[bytes]:
     """
     Read each (offset, length) with one request of qemu-io; @args say of what
     and how.
@@ -57,7 +57,7 @@ def read_bytes(requests: Sequence[Tuple[int, int]], *args: str
     commands: List[str] = []
     for offset, length in requests:
         commands += ['-c', f'read -v {offset} {length}']
-    status, out = run_io(*commands, *args)
+    status, out = run_io(*commands, *args, nofile=nofile)
     messages = re.findall(r'^(?![0-9a-f]{8,}:).*', out, re.M)
     assert status == 0, messages
     dumps = re.split(r'^read \d+/\d+ bytes .*$', out, flags=re.M)[:-1]

@@ -137,6 +137,57 @@ static void test_clear(void **state)
     sqcow2_cache_free(c);
 }
 
+static void test_clean(void **state)
+{
+    const int n = 50;
+    Sqcow2Cache *c = sqcow2_cache_new(SLICE_BYTES, n * SLICE_BYTES);
+
+    for (int i = 0; i < n; i++) {
+        get(c, key_of(i, i));
+    }
+    sqcow2_cache_clean(c);      /* all are new */
+    for (int i = 0; i < n; i += 2) {
+        assert_true(get(c, key_of(i, i)));
+    }
+    sqcow2_cache_clean(c);      /* the others were not used */
+    for (int i = 0; i < n; i++) {
+        assert_int_equal(sqcow2_cache_find(c, key_of(i, i)) == NULL, i % 2);
+    }
+    sqcow2_cache_clean(c);
+    sqcow2_cache_clean(c);
+    for (int i = 0; i < n; i++) {
+        assert_null(sqcow2_cache_find(c, key_of(i, i)));
+    }
+
+    /* It is as good as new */
+    for (int i = 0; i < n; i++) {
+        assert_false(get(c, key_of(7, i)));
+    }
+    for (int i = 0; i < n; i++) {
+        assert_true(get(c, key_of(7, i)));
+    }
+    sqcow2_cache_free(c);
+}
+
+/* A slice that is being read is not freed. */
+static void test_clean_after_take(void **state)
+{
+    Sqcow2Cache *c = sqcow2_cache_new(SLICE_BYTES, 4 * SLICE_BYTES);
+
+    for (int i = 0; i < 100; i++) {
+        uint64_t *slice = sqcow2_cache_take(c);
+
+        sqcow2_cache_clean(c);
+        sqcow2_cache_clean(c);
+        fill(slice, key_of(1, i));
+        sqcow2_cache_add(c, key_of(1, i), slice);
+        assert_true(get(c, key_of(1, i)));
+        get(c, key_of(0, i % 5));
+        sqcow2_cache_take(c);   /* and not added */
+    }
+    sqcow2_cache_free(c);
+}
+
 static void test_random(void **state)
 {
     const char *env = getenv("SQCOW2_TEST_SEED");
@@ -153,9 +204,12 @@ static void test_random(void **state)
         for (int i = 0; i < 1000; i++) {
             uint32_t k = g_rand_int_range(rand, 0, keys);
 
+            if (run % 2 && g_rand_int_range(rand, 0, 100) == 0) {
+                sqcow2_cache_clean(c);
+            }
             hits += get(c, key_of(k % 300 * 218, k / 2));
         }
-        if (slots >= keys) {
+        if (slots >= keys && run % 2 == 0) {
             assert_true(hits >= 1000 - (int)keys);
         }
         sqcow2_cache_free(c);
@@ -199,6 +253,11 @@ int main(void)
         cmocka_unit_test(test_a_used_slice_outlives_others),
         cmocka_unit_test(test_budget),
         cmocka_unit_test(test_clear),
+    sqcow2_cache_free(c);
+}
+
+        cmocka_unit_test(test_clean),
+        cmocka_unit_test(test_clean_after_take),
         cmocka_unit_test(test_random),
         cmocka_unit_test(test_clips),
     };

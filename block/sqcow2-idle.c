@@ -1,0 +1,117 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * sQcow2: give a disk's memory back while nobody uses it
+ *
+ * What "cache-clean-interval" is for qcow2's caches it is for ours, too: a
+ * slice that was not used for that long is freed.
+ *
+ * A timer in the node's AioContext starts a coroutine, which takes q.lock as
+ * all users of the cache do and counts as a request, so that draining waits
+ * for it.  The timer is stopped by the main thread, perhaps while its callback
+ * runs in another one.  So it is an object of its own, with a lock: a callback
+ * touches the node only under this lock and while the timer is not stopped.
+ * A stopped one frees itself in its context, where no callback runs then.
+ */
+#include "qemu/osdep.h"
+#include "qemu/coroutine.h"
+#include "qemu/timer.h"
+#include "sqcow2-int.h"
+
+struct Sqcow2IdleTimer {
+    QEMUTimer timer;
+    BlockDriverState *bs;
+    int64_t interval_ms;
+
+    QemuMutex lock;
+    bool stopped;               /* guarded by it */
+};
+
+static void coroutine_fn clean(void *opaque)
+{
+    BlockDriverState *bs = opaque;
+    BDRVSqcow2State *s = bs->opaque;
+
+    qemu_co_mutex_lock(&s->q.lock);
+    if (s->cache) {
+        sqcow2_cache_clean(s->cache);
+    }
+    qemu_co_mutex_unlock(&s->q.lock);
+    bdrv_dec_in_flight(bs);
+}
+
+static void arm(Sqcow2IdleTimer *t)
+{
+    timer_mod(&t->timer, qemu_clock_get_ms(QEMU_CLOCK_REALTIME) +
+                         t->interval_ms);
+}
+
+static void timer_cb(void *opaque)
+{
+    Sqcow2IdleTimer *t = opaque;
+    BlockDriverState *bs = NULL;
+
+    WITH_QEMU_LOCK_GUARD(&t->lock) {
+        if (t->stopped) {
+            return;
+        }
+        arm(t);
+        /* Whoever drains sees us, or is seen; who stops us has drained. */
+        bdrv_inc_in_flight(t->bs);
+        if (qatomic_read(&t->bs->quiesce_counter)) {
+            bdrv_dec_in_flight(t->bs);
+        } else {
+            bs = t->bs;
+        }
+    }
+    if (bs) {
+        aio_co_enter(qemu_get_current_aio_context(),
+                     qemu_coroutine_create(clean, bs));
+    }
+}
+
+static void free_timer(void *opaque)
+{
+    Sqcow2IdleTimer *t = opaque;
+
+    timer_deinit(&t->timer);
+    qemu_mutex_destroy(&t->lock);
+    g_free(t);
+}
+
+void sqcow2_idle_start(BlockDriverState *bs, AioContext *context)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    Sqcow2IdleTimer *t;
+
+    assert(!s->idle_timer);
+    if (!s->q.cache_clean_interval || !s->cache) {
+        return;
+    }
+    t = s->idle_timer = g_new0(Sqcow2IdleTimer, 1);
+    t->bs = bs;
+    t->interval_ms = (int64_t)s->q.cache_clean_interval * 1000;
+    qemu_mutex_init(&t->lock);
+    aio_timer_init(context, &t->timer, QEMU_CLOCK_REALTIME, SCALE_MS, timer_cb,
+                   t);
+    arm(t);
+}
+
+void sqcow2_idle_stop(BlockDriverState *bs)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    Sqcow2IdleTimer *t = g_steal_pointer(&s->idle_timer);
+    AioContext *context = bdrv_get_aio_context(bs);
+
+    if (!t) {
+        return;
+    }
+    WITH_QEMU_LOCK_GUARD(&t->lock) {
+        t->stopped = true;
+        timer_del(&t->timer);
+    }
+    if (context == qemu_get_current_aio_context()) {
+        free_timer(t);
+    } else {
+        aio_bh_schedule_oneshot(context, free_timer, t);
+    }
+}
