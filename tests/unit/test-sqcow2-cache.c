@@ -253,9 +253,6 @@ int main(void)
         cmocka_unit_test(test_a_used_slice_outlives_others),
         cmocka_unit_test(test_budget),
         cmocka_unit_test(test_clear),
-    sqcow2_cache_free(c);
-}
-
         cmocka_unit_test(test_clean),
         cmocka_unit_test(test_clean_after_take),
         cmocka_unit_test(test_random),
