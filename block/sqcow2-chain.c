@@ -205,6 +205,7 @@ void sqcow2_drop_flat(BlockDriverState *bs)
     g_free(s->distrust);
     s->distrust = NULL;
     s->layers = NULL;
+    s->layer = 0;
     if (s->set) {
         bdrv_graph_wrlock();
         bdrv_unref_child(bs, s->set);
@@ -222,8 +223,7 @@ bool sqcow2_is_indexable(BlockDriverState *bs)
            !bs->encrypted;
 }
 
-/* An image that lost its layers below, as by a rebase, is a base. */
-static void index_base(BlockDriverState *bs)
+void sqcow2_index_base(BlockDriverState *bs)
 {
     BDRVSqcow2State *s = bs->opaque;
 
@@ -297,7 +297,7 @@ int sqcow2_open_flat(BlockDriverState *bs, QDict *options, Error **errp)
         return 1;               /* nobody will read: open nothing */
     }
     if (!bs->auto_backing_file[0]) {
-        index_base(bs);
+        sqcow2_index_base(bs);
         return 0;
     }
 
@@ -372,14 +372,12 @@ static int unflatten(BlockDriverState *bs, Error **errp)
     return ret;
 }
 
-int sqcow2_open_graph(BlockDriverState *bs, bool all, Error **errp)
+int sqcow2_make_real(BlockDriverState *bs, bool all, Error **errp)
 {
     ERRP_GUARD();
     int before = real_nodes;
     bool filter = true;
     int ret = 0;
-
-    GLOBAL_STATE_CODE();
 
     while (bs && ret == 0 && (all || filter)) {
         if (sqcow2_is_flat(bs)) {
@@ -399,12 +397,10 @@ int sqcow2_open_graph(BlockDriverState *bs, bool all, Error **errp)
 /* More hops than this cost more than to open all nodes at once. */
 #define MAX_HOPS 100
 
-int sqcow2_open_graph_to(BlockDriverState *bs, const char *file, Error **errp)
+int sqcow2_make_real_to(BlockDriverState *bs, const char *file, Error **errp)
 {
     ERRP_GUARD();
     BlockDriverState *flat;
-
-    GLOBAL_STATE_CODE();
 
     for (int hops = 0; !bdrv_find_backing_image(bs, file); hops++) {
         bdrv_graph_rdlock_main_loop();
@@ -415,7 +411,7 @@ int sqcow2_open_graph_to(BlockDriverState *bs, const char *file, Error **errp)
         if (!flat) {
             return 0;           /* the caller has words for it */
         }
-        if (sqcow2_open_graph(flat, hops == MAX_HOPS, errp) < 0) {
+        if (sqcow2_make_real(flat, hops == MAX_HOPS, errp) < 0) {
             return -EINVAL;
         }
     }

@@ -375,6 +375,16 @@ bool sqcow2_has_backing_options(QDict *options);
 /* Are the layers below @bs to be locked? */
 bool sqcow2_locking_wanted(BlockDriverState *bs);
 
+/*
+ * An image without layers below, which it may have lost by a stream or rebase,
+ * is a base: if it is writable and its index is not valid, store one.
+ */
+void sqcow2_index_base(BlockDriverState *bs);
+
+/* As sqcow2_open_graph() and sqcow2_open_graph_to(), but for good */
+int sqcow2_make_real(BlockDriverState *bs, bool all, Error **errp);
+int sqcow2_make_real_to(BlockDriverState *bs, const char *file, Error **errp);
+
 /* Attach a layer set; takes the reference over, also on failure. */
 int sqcow2_attach_set(BlockDriverState *bs, BlockDriverState *set_bs,
                       Error **errp);
