@@ -131,10 +131,13 @@ static int open_layer(BlockDriverState *bs, BlockDriverState *lower,
         .backing_fmt = "sqcow2",
         .cluster_bits = s->q.cluster_bits,
         .one_hop = true,
-        .locking = sqcow2_locking_wanted(bs),
     };
-    int ret = sqcow2_walk(&opts, chain, errp);
+    int ret;
 
+    bdrv_graph_rdlock_main_loop();
+    opts.locking = sqcow2_locking_wanted(bs);
+    bdrv_graph_rdunlock_main_loop();
+    ret = sqcow2_walk(&opts, chain, errp);
     if (ret < 0) {
         return ret;
     }

@@ -165,6 +165,9 @@ void sqcow2_chain_free(Sqcow2Chain *chain);
 void sqcow2_layer_free(Sqcow2Layer *layer);         /* what is in it */
 void sqcow2_layers_free(Sqcow2Layer *layers, uint32_t nb_layers);
 
+/* Give up the locks of all files, if they are locked. */
+void sqcow2_layers_unlock(const Sqcow2Layer *layers, uint32_t nb_layers);
+
 /* Set every layer's clip (S9) from the virtual sizes. */
 static inline void sqcow2_set_clips(Sqcow2Layer *layers, uint32_t nb_layers)
 {
@@ -202,14 +205,18 @@ int sqcow2_peek_cluster_bits(const char *filename, const char *backing,
 
 /*
  * The user's option @name for the active image's file, or NULL; the layers'
- * files follow it.  Main thread, no graph lock held.
+ * files follow it.
  */
-const char *sqcow2_file_option(BlockDriverState *bs, const char *name);
+const char *GRAPH_RDLOCK
+sqcow2_file_option(BlockDriverState *bs, const char *name);
 
 /* Create an empty layer set node.  Main thread, no graph lock held. */
 BlockDriverState *sqcow2_layers_new(BlockDriverState *bs, Error **errp);
 
-/* Hand @layers over to the layer set @set. */
+/*
+ * Hand @layers over to the layer set @set, in place of those that it has; no
+ * requests are running.
+ */
 void sqcow2_layers_set(BlockDriverState *set, Sqcow2Layer *layers,
                        uint32_t nb_layers);
 
@@ -361,7 +368,7 @@ int GRAPH_RDLOCK sqcow2_index_empty(BlockDriverState *bs, Error **errp);
 uint8_t *sqcow2_read_layer_table(BlockDriverState *bs,
                                  const Sqcow2Record *record, Error **errp);
 
-/* sqcow2-chain.c; all in the main thread, without graph lock */
+/* sqcow2-chain.c; in the main thread, without graph lock if not said */
 
 /* Drop all that makes @bs flat; it has no requests. */
 void sqcow2_drop_flat(BlockDriverState *bs);
@@ -373,7 +380,17 @@ bool sqcow2_is_indexable(BlockDriverState *bs);
 bool sqcow2_has_backing_options(QDict *options);
 
 /* Are the layers below @bs to be locked? */
-bool sqcow2_locking_wanted(BlockDriverState *bs);
+bool GRAPH_RDLOCK sqcow2_locking_wanted(BlockDriverState *bs);
+
+/*
+ * @bs, which qcow2's code has just read anew, was inactive, and another
+ * process may have written to the image and its layers: lock and look at them
+ * again.  @old: the record that @bs had before; NULL: none.
+ * Returns 0, or a negative errno with @errp set.  Then @bs is as before and
+ * must stay inactive, or bs->drv is NULL.
+ */
+int coroutine_fn GRAPH_RDLOCK
+sqcow2_reactivate(BlockDriverState *bs, const Sqcow2Record *old, Error **errp);
 
 /*
  * An image without layers below, which it may have lost by a stream or rebase,

@@ -190,17 +190,19 @@ static int open_file(const char *filename, Error **errp)
     return fd;
 }
 
+/* Of a reader that lets nobody write or resize */
+static const int held_locks[] = {
+    IMG_LOCK_PERM_BASE + IMG_LOCK_READ,
+    IMG_LOCK_SHARED_BASE + IMG_LOCK_WRITE,
+    IMG_LOCK_SHARED_BASE + IMG_LOCK_RESIZE,
+};
+
 /*
  * Take the locks of a reader that lets nobody write or resize, and look for
  * others who do.  OFD locks: closing the descriptor gives them up.
  */
 static int lock_layer(int fd, Error **errp)
 {
-    static const int held[] = {
-        IMG_LOCK_PERM_BASE + IMG_LOCK_READ,
-        IMG_LOCK_SHARED_BASE + IMG_LOCK_WRITE,
-        IMG_LOCK_SHARED_BASE + IMG_LOCK_RESIZE,
-    };
     static const int tested[] = {
         IMG_LOCK_SHARED_BASE + IMG_LOCK_READ,
         IMG_LOCK_PERM_BASE + IMG_LOCK_WRITE,
@@ -209,8 +211,8 @@ static int lock_layer(int fd, Error **errp)
 
     int ret = 0;
 
-    for (int i = 0; ret == 0 && i < ARRAY_SIZE(held); i++) {
-        ret = qemu_lock_fd(fd, held[i], 1, false);
+    for (int i = 0; ret == 0 && i < ARRAY_SIZE(held_locks); i++) {
+        ret = qemu_lock_fd(fd, held_locks[i], 1, false);
     }
     /* Mostly nobody else has any lock: one question instead of three */
     if (ret == 0 && qemu_lock_fd_test(fd, IMG_LOCK_PERM_BASE,
@@ -230,6 +232,15 @@ static int lock_layer(int fd, Error **errp)
         error_setg_errno(errp, -ret, "cannot be locked");
     }
     return ret;
+}
+
+void sqcow2_layers_unlock(const Sqcow2Layer *layers, uint32_t nb_layers)
+{
+    for (uint32_t i = 0; i < nb_layers; i++) {
+        for (int j = 0; layers[i].fd >= 0 && j < ARRAY_SIZE(held_locks); j++) {
+            qemu_unlock_fd(layers[i].fd, held_locks[j], 1);
+        }
+    }
 }
 
 /* True the first time that this file is met. */
