@@ -73,40 +73,54 @@ bool sqcow2_locking_wanted(BlockDriverState *bs)
 {
     const char *locking = sqcow2_file_option(bs, "locking");
 
-    return !bs->force_share && qemu_has_ofd_lock() &&
-           (!locking || strcmp(locking, "off"));
+    return !bs->force_share && !(bs->open_flags & BDRV_O_INACTIVE) &&
+           qemu_has_ofd_lock() && (!locking || strcmp(locking, "off"));
 }
 
-static int walk(BlockDriverState *bs, BlockDriverState *set_bs,
-                Sqcow2Chain *chain, Error **errp)
+/*
+ * Prepare following the links of @bs.  @backing and @layer_table are to be
+ * freed when that is done.
+ */
+static int GRAPH_RDLOCK prepare_walk(BlockDriverState *bs,
+                                     Sqcow2WalkOptions *opts, char **backing,
+                                     uint8_t **layer_table, Error **errp)
 {
     BDRVSqcow2State *s = bs->opaque;
-    g_autofree uint8_t *layer_table = NULL;
-    g_autofree char *backing = NULL;
-    bool valid = s->has_record && s->record.flags & SQCOW2_FLAG_INDEX_VALID;
-    Sqcow2WalkOptions opts = {
+
+    /* Through filters, file names of nodes tell nothing of directories */
+    *backing = bdrv_get_full_backing_filename(bs, errp);
+    if (!*backing) {
+        return -ENOTSUP;        /* and the block layer's own words for it */
+    }
+    *opts = (Sqcow2WalkOptions) {
+        .backing = *backing,
         .backing_fmt = bs->backing_format,
         .cluster_bits = s->q.cluster_bits,
         .locking = sqcow2_locking_wanted(bs),
         /* Unlocked layers must not change under somebody who copies them */
         .may_pool = bdrv_is_read_only(bs),
-        .set = set_bs,
     };
+    if (s->has_record && s->record.flags & SQCOW2_FLAG_INDEX_VALID) {
+        *layer_table = sqcow2_read_layer_table(bs, &s->record, NULL);
+        opts->record = &s->record;
+        opts->layer_table = *layer_table;
+    }
+    return 0;
+}
 
-    /* Through filters, file names of nodes tell nothing of directories */
+static int walk(BlockDriverState *bs, BlockDriverState *set_bs,
+                Sqcow2Chain *chain, Error **errp)
+{
+    g_autofree uint8_t *layer_table = NULL;
+    g_autofree char *backing = NULL;
+    Sqcow2WalkOptions opts;
+    int ret;
+
     bdrv_graph_rdlock_main_loop();
-    backing = bdrv_get_full_backing_filename(bs, errp);
+    ret = prepare_walk(bs, &opts, &backing, &layer_table, errp);
     bdrv_graph_rdunlock_main_loop();
-    if (!backing) {
-        return -ENOTSUP;        /* and the block layer's own words for it */
-    }
-    opts.backing = backing;
-    if (valid) {
-        layer_table = sqcow2_read_layer_table(bs, &s->record, NULL);
-        opts.record = &s->record;
-        opts.layer_table = layer_table;
-    }
-    return sqcow2_walk(&opts, chain, errp);
+    opts.set = set_bs;
+    return ret < 0 ? ret : sqcow2_walk(&opts, chain, errp);
 }
 
 /* Load the index if the chain is the expected one. */
@@ -213,6 +227,7 @@ void sqcow2_drop_flat(BlockDriverState *bs)
     g_free(s->distrust);
     s->distrust = NULL;
     s->layers = NULL;
+    s->layer = 0;
     if (s->set) {
         bdrv_graph_wrlock();
         bdrv_unref_child(bs, s->set);
@@ -230,8 +245,7 @@ bool sqcow2_is_indexable(BlockDriverState *bs)
            !bs->encrypted;
 }
 
-/* An image that lost its layers below, as by a rebase, is a base. */
-static void index_base(BlockDriverState *bs)
+void sqcow2_index_base(BlockDriverState *bs)
 {
     BDRVSqcow2State *s = bs->opaque;
 
@@ -325,7 +339,7 @@ int sqcow2_open_flat(BlockDriverState *bs, QDict *options, Error **errp)
         return 1;               /* nobody will read: open nothing */
     }
     if (!bs->auto_backing_file[0]) {
-        index_base(bs);
+        sqcow2_index_base(bs);
         return 0;
     }
 
@@ -367,6 +381,73 @@ int sqcow2_open_flat(BlockDriverState *bs, QDict *options, Error **errp)
     return 1;
 }
 
+/* Do both describe the same index of the same layer below? */
+static bool same_index(const Sqcow2Record *a, const Sqcow2Record *b)
+{
+    return a->layer == b->layer && a->below_kind == b->below_kind &&
+           !memcmp(a->below_stamp, b->below_stamp, SQCOW2_STAMP_SIZE) &&
+           !memcmp(&a->root, &b->root, sizeof(a->root)) &&
+           !((a->flags ^ b->flags) & SQCOW2_FLAG_INDEX_VALID);
+}
+
+static int chain_was_changed(BlockDriverState *bs, Error **errp)
+{
+    error_setg(errp, "The backing chain of '%s' was changed by another "
+               "process; open it again", bs->filename);
+    bs->drv = NULL;             /* as qcow2 when it cannot read its header */
+    return -EINVAL;
+}
+
+int sqcow2_reactivate(BlockDriverState *bs, const Sqcow2Record *old,
+                      Error **errp)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    g_autofree uint8_t *layer_table = NULL;
+    g_autofree char *backing = NULL;
+    Sqcow2WalkOptions opts;
+    Sqcow2Chain chain;
+    int ret;
+
+    if (!bs->auto_backing_file[0]) {
+        return chain_was_changed(bs, errp);
+    }
+    for (uint32_t i = 0; i < s->layer; i++) {
+        if (s->layers[i].child) {
+            /*
+             * On another protocol: a node, which cannot be opened here.  It
+             * needs no lock, and of a change our record tells, if its index
+             * is in use; otherwise nothing but standard entries is.
+             */
+            return s->mode == SQCOW2_MODE_INDEXED &&
+                   !(old && s->has_record && same_index(old, &s->record)) ?
+                   chain_was_changed(bs, errp) : 0;
+        }
+    }
+    ret = prepare_walk(bs, &opts, &backing, &layer_table, errp);
+    if (ret == 0) {
+        ret = sqcow2_walk(&opts, &chain, errp);
+    }
+    if (ret < 0) {
+        return ret;
+    }
+
+    sqcow2_view_free(&s->view);
+    set_distrust(s, chain.distrust);
+    g_free(chain.distrust);
+    s->layers = chain.layers;
+    s->layer = chain.nb_layers;
+    sqcow2_layers_set(s->set->bs, chain.layers, chain.nb_layers);
+    qemu_co_mutex_lock(&s->q.lock);
+    ret = make_view(bs, errp);
+    qemu_co_mutex_unlock(&s->q.lock);
+    if (ret < 0) {
+        bs->drv = NULL;
+        return ret;
+    }
+    sqcow2_layers_go_direct(s->set->bs);
+    return 0;
+}
+
 /*
  * Replace one node's flat state by a backing node.  The layer set goes last:
  * should the backing file not open any more, the node goes on as it was; and
@@ -404,14 +485,12 @@ static int unflatten(BlockDriverState *bs, Error **errp)
     return ret;
 }
 
-int sqcow2_open_graph(BlockDriverState *bs, bool all, Error **errp)
+int sqcow2_make_real(BlockDriverState *bs, bool all, Error **errp)
 {
     ERRP_GUARD();
     int before = real_nodes;
     bool filter = true;
     int ret = 0;
-
-    GLOBAL_STATE_CODE();
 
     while (bs && ret == 0 && (all || filter)) {
         if (sqcow2_is_flat(bs)) {
@@ -431,12 +510,10 @@ int sqcow2_open_graph(BlockDriverState *bs, bool all, Error **errp)
 /* More hops than this cost more than to open all nodes at once. */
 #define MAX_HOPS 100
 
-int sqcow2_open_graph_to(BlockDriverState *bs, const char *file, Error **errp)
+int sqcow2_make_real_to(BlockDriverState *bs, const char *file, Error **errp)
 {
     ERRP_GUARD();
     BlockDriverState *flat;
-
-    GLOBAL_STATE_CODE();
 
     for (int hops = 0; !bdrv_find_backing_image(bs, file); hops++) {
         bdrv_graph_rdlock_main_loop();
@@ -447,7 +524,7 @@ int sqcow2_open_graph_to(BlockDriverState *bs, const char *file, Error **errp)
         if (!flat) {
             return 0;           /* the caller has words for it */
         }
-        if (sqcow2_open_graph(flat, hops == MAX_HOPS, errp) < 0) {
+        if (sqcow2_make_real(flat, hops == MAX_HOPS, errp) < 0) {
             return -EINVAL;
         }
     }

@@ -158,13 +158,22 @@ int sqcow2_open_descriptor(const char *path, Error **errp)
     return fd;
 }
 
+/* Of a reader that lets nobody write or resize */
+static const int held_locks[] = {
+    IMG_LOCK_PERM_BASE + IMG_LOCK_READ,
+    IMG_LOCK_SHARED_BASE + IMG_LOCK_WRITE,
+    IMG_LOCK_SHARED_BASE + IMG_LOCK_RESIZE,
+};
+
+void sqcow2_unlock_descriptor(int fd)
+{
+    for (int i = 0; i < ARRAY_SIZE(held_locks); i++) {
+        qemu_unlock_fd(fd, held_locks[i], 1);
+    }
+}
+
 int sqcow2_lock_descriptor(int fd, Error **errp)
 {
-    static const int held[] = {
-        IMG_LOCK_PERM_BASE + IMG_LOCK_READ,
-        IMG_LOCK_SHARED_BASE + IMG_LOCK_WRITE,
-        IMG_LOCK_SHARED_BASE + IMG_LOCK_RESIZE,
-    };
     static const int tested[] = {
         IMG_LOCK_SHARED_BASE + IMG_LOCK_READ,
         IMG_LOCK_PERM_BASE + IMG_LOCK_WRITE,
@@ -173,8 +182,8 @@ int sqcow2_lock_descriptor(int fd, Error **errp)
 
     int ret = 0;
 
-    for (int i = 0; ret == 0 && i < ARRAY_SIZE(held); i++) {
-        ret = qemu_lock_fd(fd, held[i], 1, false);
+    for (int i = 0; ret == 0 && i < ARRAY_SIZE(held_locks); i++) {
+        ret = qemu_lock_fd(fd, held_locks[i], 1, false);
     }
     /* Mostly nobody else has any lock: one question instead of three */
     if (ret == 0 && qemu_lock_fd_test(fd, IMG_LOCK_PERM_BASE,

@@ -18,12 +18,13 @@
  * read-only, has no parent or reference but the node above, no bitmap and no
  * filter in it, and if it is the file that the link in the header above names:
  * the layer set follows those links and nothing else.  A node on which a job
- * works is not folded.
+ * works is not folded; that is done when the job ends.
  *
  * Everything here runs in the main thread; the nodes are drained.
  */
 #include "qemu/osdep.h"
 #include "qemu/cutils.h"
+#include "qemu/main-loop.h"
 #include "qapi/error.h"
 #include "qobject/qdict.h"
 #include "block/dirty-bitmap.h"
@@ -69,12 +70,30 @@ static bool GRAPH_RDLOCK may_go(BlockDriverState *bs)
            backing_is_linked(bs);
 }
 
+/* Jobs block operations on their nodes, or on a filter that they put on top */
+static bool GRAPH_RDLOCK has_job(BlockDriverState *bs)
+{
+    BdrvChild *c;
+
+    if (bdrv_op_is_blocked(bs, BLOCK_OP_TYPE_STREAM, NULL)) {
+        return true;
+    }
+    QLIST_FOREACH(c, &bs->parents, next_parent) {
+        BlockDriverState *above = c->klass == &child_of_bds ? c->opaque : NULL;
+
+        if (above && above->drv && above->drv->is_filter && has_job(above)) {
+            return true;
+        }
+    }
+    return false;
+}
+
 /* Can @bs read all that its backing nodes read, and may they go? */
 static bool GRAPH_RDLOCK is_foldable(BlockDriverState *bs)
 {
     if (bs->drv != &bdrv_sqcow2 || !bs->backing || sqcow2_is_flat(bs) ||
         !sqcow2_is_indexable(bs) || bs->open_flags & BDRV_O_COPY_ON_READ ||
-        bdrv_op_is_blocked(bs, BLOCK_OP_TYPE_STREAM, NULL) ||
+        has_job(bs) ||
         sqcow2_has_backing_options(bs->explicit_options)) {
         return false;
     }
@@ -112,10 +131,13 @@ static int open_layer(BlockDriverState *bs, BlockDriverState *lower,
         .backing_fmt = "sqcow2",
         .cluster_bits = s->q.cluster_bits,
         .one_hop = true,
-        .locking = sqcow2_locking_wanted(bs),
     };
-    int ret = sqcow2_walk(&opts, chain, errp);
+    int ret;
 
+    bdrv_graph_rdlock_main_loop();
+    opts.locking = sqcow2_locking_wanted(bs);
+    bdrv_graph_rdunlock_main_loop();
+    ret = sqcow2_walk(&opts, chain, errp);
     if (ret < 0) {
         return ret;
     }
@@ -216,10 +238,18 @@ static int reopen(BlockDriverState *bs, Error **errp)
     return ret == 0 ? -ENOTSUP : ret;
 }
 
+/* Has a job taken away what was below? */
+static bool GRAPH_RDLOCK is_new_base(BlockDriverState *bs)
+{
+    return bs->drv == &bdrv_sqcow2 && !bs->backing &&
+           !bs->auto_backing_file[0] && sqcow2_is_indexable(bs) &&
+           !has_job(bs);
+}
+
 void sqcow2_fold(BlockDriverState *bs)
 {
     BlockDriverState *lower;
-    bool foldable;
+    bool foldable, base;
     int ret = -ENOTSUP;
 
     GLOBAL_STATE_CODE();
@@ -228,9 +258,13 @@ void sqcow2_fold(BlockDriverState *bs)
     bdrv_drained_begin(bs);
     bdrv_graph_rdlock_main_loop();
     foldable = is_foldable(bs);
+    base = is_new_base(bs);
     lower = foldable ? bs->backing->bs : NULL;
     bdrv_graph_rdunlock_main_loop();
 
+    if (base) {
+        sqcow2_index_base(bs);
+    }
     if (foldable) {
         if (has_sealed_index(lower)) {
             ret = absorb(bs, lower, NULL);
@@ -270,7 +304,8 @@ void sqcow2_fold_all(void)
     bdrv_graph_rdlock_main_loop();
     for (bs = bdrv_next_all_states(NULL); bs; bs = next) {
         next = bdrv_next_all_states(bs);
-        if (bs->drv == &bdrv_sqcow2 && bs->backing && !is_inner(bs)) {
+        if (bs->drv == &bdrv_sqcow2 && !sqcow2_is_flat(bs) &&
+            !is_inner(bs)) {
             bdrv_ref(bs);
             g_ptr_array_add(found, bs);
         }
@@ -283,4 +318,40 @@ void sqcow2_fold_all(void)
         bdrv_unref(bs);
     }
     g_ptr_array_unref(found);
+}
+
+static void fold_bh(void *opaque)
+{
+    sqcow2_fold_all();
+}
+
+/*
+ * Commands open the graph first and then find that they cannot do their work.
+ * What they leave is folded once they are over: iohandlers' context is polled
+ * by the main loop only, never from within a command.
+ */
+static void fold_later(void)
+{
+    static QEMUBH *bh;
+
+    if (!bh) {
+        bh = aio_bh_new(iohandler_get_aio_context(), fold_bh, NULL);
+    }
+    qemu_bh_schedule(bh);
+}
+
+int sqcow2_open_graph(BlockDriverState *bs, bool all, Error **errp)
+{
+    GLOBAL_STATE_CODE();
+
+    fold_later();
+    return sqcow2_make_real(bs, all, errp);
+}
+
+int sqcow2_open_graph_to(BlockDriverState *bs, const char *file, Error **errp)
+{
+    GLOBAL_STATE_CODE();
+
+    fold_later();
+    return sqcow2_make_real_to(bs, file, errp);
 }

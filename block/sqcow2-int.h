@@ -290,6 +290,9 @@ bool sqcow2_have_descriptors(uint32_t n, Error **errp);
  */
 int sqcow2_lock_descriptor(int fd, Error **errp);
 
+/* Give these locks up, if they are held. */
+void sqcow2_unlock_descriptor(int fd);
+
 /*
  * Read @bytes at @host_offset of one layer's file, zeros behind its end.
  * Blocking.  Returns 0 or a negative errno.
@@ -350,14 +353,18 @@ void sqcow2_pool_put(Sqcow2PooledFile *file);
 
 /*
  * The user's option @name for the active image's file, or NULL; the layers'
- * files follow it.  Main thread, no graph lock held.
+ * files follow it.
  */
-const char *sqcow2_file_option(BlockDriverState *bs, const char *name);
+const char *GRAPH_RDLOCK
+sqcow2_file_option(BlockDriverState *bs, const char *name);
 
 /* Create an empty layer set node.  Main thread, no graph lock held. */
 BlockDriverState *sqcow2_layers_new(BlockDriverState *bs, Error **errp);
 
-/* Hand @layers over to the layer set @set. */
+/*
+ * Hand @layers over to the layer set @set, in place of those that it has; no
+ * requests are running.
+ */
 void sqcow2_layers_set(BlockDriverState *set, Sqcow2Layer *layers,
                        uint32_t nb_layers);
 
@@ -575,7 +582,7 @@ int GRAPH_RDLOCK sqcow2_index_empty(BlockDriverState *bs, Error **errp);
 uint8_t *sqcow2_read_layer_table(BlockDriverState *bs,
                                  const Sqcow2Record *record, Error **errp);
 
-/* sqcow2-chain.c; all in the main thread, without graph lock */
+/* sqcow2-chain.c; in the main thread, without graph lock if not said */
 
 /* Drop all that makes @bs flat; it has no requests. */
 void sqcow2_drop_flat(BlockDriverState *bs);
@@ -587,7 +594,27 @@ bool sqcow2_is_indexable(BlockDriverState *bs);
 bool sqcow2_has_backing_options(QDict *options);
 
 /* Are the layers below @bs to be locked? */
-bool sqcow2_locking_wanted(BlockDriverState *bs);
+bool GRAPH_RDLOCK sqcow2_locking_wanted(BlockDriverState *bs);
+
+/*
+ * @bs, which qcow2's code has just read anew, was inactive, and another
+ * process may have written to the image and its layers: lock and look at them
+ * again.  @old: the record that @bs had before; NULL: none.
+ * Returns 0, or a negative errno with @errp set.  Then @bs is as before and
+ * must stay inactive, or bs->drv is NULL.
+ */
+int coroutine_fn GRAPH_RDLOCK
+sqcow2_reactivate(BlockDriverState *bs, const Sqcow2Record *old, Error **errp);
+
+/*
+ * An image without layers below, which it may have lost by a stream or rebase,
+ * is a base: if it is writable and its index is not valid, store one.
+ */
+void sqcow2_index_base(BlockDriverState *bs);
+
+/* As sqcow2_open_graph() and sqcow2_open_graph_to(), but for good */
+int sqcow2_make_real(BlockDriverState *bs, bool all, Error **errp);
+int sqcow2_make_real_to(BlockDriverState *bs, const char *file, Error **errp);
 
 /* Attach a layer set; takes the reference over, also on failure. */
 int sqcow2_attach_set(BlockDriverState *bs, BlockDriverState *set_bs,

@@ -261,6 +261,22 @@ static void layers_close(BlockDriverState *bs)
     sqcow2_layers_free(set->layers, set->nb_layers);
 }
 
+/*
+ * The image above is about to be handed over to another process, which may
+ * commit into the layers.  The image takes the locks again when it is active.
+ */
+static int layers_inactivate(BlockDriverState *bs)
+{
+    LayerSet *set = bs->opaque;
+
+    for (uint32_t i = 0; i < set->nb_layers; i++) {
+        if (set->layers[i].fd >= 0) {
+            sqcow2_unlock_descriptor(set->layers[i].fd);
+        }
+    }
+    return 0;
+}
+
 static void layers_refresh_limits(BlockDriverState *bs, Error **errp)
 {
     /* The layers may lie on several file systems: a size that fits all */
@@ -289,6 +305,7 @@ static BlockDriver bdrv_sqcow2_layers = {
     .instance_size                  = sizeof(LayerSet),
     .bdrv_open                      = layers_open,
     .bdrv_close                     = layers_close,
+    .bdrv_inactivate                = layers_inactivate,
     .bdrv_child_perm                = layers_child_perm,
     .bdrv_refresh_limits            = layers_refresh_limits,
     .bdrv_co_preadv                 = layers_co_preadv,
@@ -298,20 +315,19 @@ static BlockDriver bdrv_sqcow2_layers = {
 
 const char *sqcow2_file_option(BlockDriverState *bs, const char *name)
 {
-    BlockDriverState *file;
-
-    bdrv_graph_rdlock_main_loop();
-    file = bdrv_skip_filters(bs->file->bs);
-    bdrv_graph_rdunlock_main_loop();
-    return qdict_get_try_str(file->options, name);
+    return qdict_get_try_str(bdrv_skip_filters(bs->file->bs)->options, name);
 }
 
 BlockDriverState *sqcow2_layers_new(BlockDriverState *bs, Error **errp)
 {
     int flags = bs->open_flags & BDRV_O_NOCACHE;
-    const char *aio = sqcow2_file_option(bs, "aio");
+    const char *aio;
     BlockDriverState *set_bs;
     LayerSet *set;
+
+    bdrv_graph_rdlock_main_loop();
+    aio = sqcow2_file_option(bs, "aio");
+    bdrv_graph_rdunlock_main_loop();
 
     flags |= bs->file->bs->open_flags &
              (BDRV_O_NOCACHE | BDRV_O_NATIVE_AIO | BDRV_O_IO_URING);
@@ -332,6 +348,7 @@ void sqcow2_layers_set(BlockDriverState *set_bs, Sqcow2Layer *layers,
 {
     LayerSet *set = set_bs->opaque;
 
+    sqcow2_layers_free(set->layers, set->nb_layers);
     set->layers = layers;
     set->nb_layers = nb_layers;
 }

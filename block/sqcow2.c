@@ -304,21 +304,8 @@ sqcow2_co_invalidate_cache(BlockDriverState *bs, Error **errp)
     }
     sqcow2_record_load(bs);
     s->changed = false;
-    /*
-     * While inactive another process wrote the image; that leaves the view of
-     * the layers below as it was.  If it is not, start over.  A rebuilt view
-     * takes nothing but standard entries from this image.
-     */
-    if (s->mode == SQCOW2_MODE_INDEXED &&
-        (had_record != s->has_record || old.layer != s->record.layer ||
-         old.below_kind != s->record.below_kind ||
-         memcmp(&old.below_stamp, &s->record.below_stamp,
-                SQCOW2_STAMP_SIZE) ||
-         memcmp(&old.root, &s->record.root, sizeof(old.root)) ||
-         (old.flags ^ s->record.flags) & SQCOW2_FLAG_INDEX_VALID)) {
-        error_setg(errp, "The backing chain of '%s' was changed by another "
-                   "process; open it again", bs->filename);
-        bs->drv = NULL;
+    if (sqcow2_is_flat(bs) &&
+        sqcow2_reactivate(bs, had_record ? &old : NULL, errp) < 0) {
         return;
     }
     sqcow2_idle_start(bs, bdrv_get_aio_context(bs));

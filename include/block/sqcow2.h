@@ -48,6 +48,7 @@ void sqcow2_refresh(void);
 /*
  * Give @bs a real backing node in place of its flat state, for jobs that
  * work on it; filters on top of it are passed.  @all: and so all nodes below.
+ * If no job works on it when the command is over, all is folded again.
  * Main thread, no graph lock held.
  * Returns 0, or a negative errno with @errp set; then @bs is as before.
  */
