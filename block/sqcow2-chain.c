@@ -218,6 +218,7 @@ int sqcow2_attach_set(BlockDriverState *bs, BlockDriverState *set_bs,
 void sqcow2_drop_flat(BlockDriverState *bs)
 {
     BDRVSqcow2State *s = bs->opaque;
+    BdrvChild *set = s->set;
 
     s->mode = SQCOW2_MODE_OFF;
     sqcow2_idle_stop(bs);
@@ -228,11 +229,11 @@ void sqcow2_drop_flat(BlockDriverState *bs)
     s->distrust = NULL;
     s->layers = NULL;
     s->layer = 0;
-    if (s->set) {
-        bdrv_graph_wrlock();
-        bdrv_unref_child(bs, s->set);
-        bdrv_graph_wrunlock();
+    if (set) {
         s->set = NULL;
+        bdrv_graph_wrlock();
+        bdrv_unref_child(bs, set);
+        bdrv_graph_wrunlock();
     }
 }
 
@@ -343,7 +344,7 @@ int sqcow2_open_flat(BlockDriverState *bs, QDict *options, Error **errp)
         return 0;
     }
 
-    if (donor && take_from_donor(bs)) {
+    if (donor && donor == bs->inherits_from && take_from_donor(bs)) {
         return 1;
     }
     set_bs = sqcow2_layers_new(bs, errp);
@@ -451,7 +452,7 @@ int sqcow2_reactivate(BlockDriverState *bs, const Sqcow2Record *old,
 /*
  * Replace one node's flat state by a backing node.  The layer set goes last:
  * should the backing file not open any more, the node goes on as it was; and
- * there is no time without locks.
+ * there is no time without locks.  The caller has a reference to @bs.
  */
 static int unflatten(BlockDriverState *bs, Error **errp)
 {
@@ -492,7 +493,11 @@ int sqcow2_make_real(BlockDriverState *bs, bool all, Error **errp)
     bool filter = true;
     int ret = 0;
 
+    /* Opening polls, and what happens then may let go of nodes */
+    bdrv_ref(bs);
     while (bs && ret == 0 && (all || filter)) {
+        BlockDriverState *above = bs;
+
         if (sqcow2_is_flat(bs)) {
             /* What is opened below: real all the way down, or flat */
             real_nodes = all ? REAL_ALL : REAL_NONE;
@@ -503,7 +508,12 @@ int sqcow2_make_real(BlockDriverState *bs, bool all, Error **errp)
         bdrv_graph_rdlock_main_loop();
         bs = bs->drv ? bdrv_filter_or_cow_bs(bs) : NULL;
         bdrv_graph_rdunlock_main_loop();
+        if (bs) {
+            bdrv_ref(bs);
+        }
+        bdrv_unref(above);
     }
+    bdrv_unref(bs);
     return ret;
 }
 
@@ -514,7 +524,9 @@ int sqcow2_make_real_to(BlockDriverState *bs, const char *file, Error **errp)
 {
     ERRP_GUARD();
     BlockDriverState *flat;
+    int ret = 0;
 
+    bdrv_ref(bs);
     for (int hops = 0; !bdrv_find_backing_image(bs, file); hops++) {
         bdrv_graph_rdlock_main_loop();
         for (flat = bs; flat && !sqcow2_is_flat(flat); ) {
@@ -522,13 +534,15 @@ int sqcow2_make_real_to(BlockDriverState *bs, const char *file, Error **errp)
         }
         bdrv_graph_rdunlock_main_loop();
         if (!flat) {
-            return 0;           /* the caller has words for it */
+            break;              /* the caller has words for it */
         }
-        if (sqcow2_make_real(flat, hops == MAX_HOPS, errp) < 0) {
-            return -EINVAL;
+        ret = sqcow2_make_real(flat, hops == MAX_HOPS, errp);
+        if (ret < 0) {
+            break;
         }
     }
-    return 0;
+    bdrv_unref(bs);
+    return ret;
 }
 
 /* Of the image whose chain qemu-img is changing; main thread only */

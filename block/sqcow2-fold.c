@@ -18,7 +18,8 @@
  * read-only, has no parent or reference but the node above, no bitmap and no
  * filter in it, and if it is the file that the link in the header above names:
  * the layer set follows those links and nothing else.  A node on which a job
- * works is not folded; that is done when the job ends.
+ * works is not folded; that is done when the job ends.  Whatever may have
+ * left something to fold asks for it; it is done from the main loop.
  *
  * Everything here runs in the main thread; the nodes are drained.
  */
@@ -58,6 +59,17 @@ static bool GRAPH_RDLOCK backing_is_linked(BlockDriverState *bs)
     return linked && same_file(linked, file->filename);
 }
 
+/* Options that the header above, and so the layer set, knows nothing of */
+static bool GRAPH_RDLOCK has_own_options(BlockDriverState *bs)
+{
+    BlockDriverState *lower = bs->backing->bs;
+
+    return sqcow2_has_backing_options(bs->explicit_options) ||
+           strcmp(bs->backing_format, lower->drv->format_name) ||
+           qdict_haskey(lower->options, "offset") ||
+           qdict_haskey(lower->options, "size");
+}
+
 /* May the backing node of @bs go?  Not asked of the nodes further below. */
 static bool GRAPH_RDLOCK may_go(BlockDriverState *bs)
 {
@@ -67,7 +79,7 @@ static bool GRAPH_RDLOCK may_go(BlockDriverState *bs)
            bdrv_is_read_only(lower) && lower->file &&
            is_anonymous(lower->file->bs) &&
            QLIST_EMPTY(&lower->file->bs->children) &&
-           backing_is_linked(bs);
+           !has_own_options(bs) && backing_is_linked(bs);
 }
 
 /* Jobs block operations on their nodes, or on a filter that they put on top */
@@ -92,9 +104,8 @@ static bool GRAPH_RDLOCK has_job(BlockDriverState *bs)
 static bool GRAPH_RDLOCK is_foldable(BlockDriverState *bs)
 {
     if (bs->drv != &bdrv_sqcow2 || !bs->backing || sqcow2_is_flat(bs) ||
-        !sqcow2_is_indexable(bs) || bs->open_flags & BDRV_O_COPY_ON_READ ||
-        has_job(bs) ||
-        sqcow2_has_backing_options(bs->explicit_options)) {
+        !sqcow2_is_indexable(bs) || has_job(bs) ||
+        bs->open_flags & (BDRV_O_COPY_ON_READ | BDRV_O_INACTIVE)) {
         return false;
     }
     for (; bs->backing; bs = bs->backing->bs) {
@@ -246,15 +257,13 @@ static bool GRAPH_RDLOCK is_new_base(BlockDriverState *bs)
            !has_job(bs);
 }
 
-void sqcow2_fold(BlockDriverState *bs)
+/* @bs is referenced. */
+static void fold(BlockDriverState *bs)
 {
     BlockDriverState *lower;
     bool foldable, base;
     int ret = -ENOTSUP;
 
-    GLOBAL_STATE_CODE();
-
-    bdrv_ref(bs);
     bdrv_drained_begin(bs);
     bdrv_graph_rdlock_main_loop();
     foldable = is_foldable(bs);
@@ -266,6 +275,7 @@ void sqcow2_fold(BlockDriverState *bs)
         sqcow2_index_base(bs);
     }
     if (foldable) {
+        bdrv_ref(lower);
         if (has_sealed_index(lower)) {
             ret = absorb(bs, lower, NULL);
         }
@@ -275,9 +285,9 @@ void sqcow2_fold(BlockDriverState *bs)
         if (ret >= 0) {
             bdrv_set_backing_hd(bs, NULL, &error_abort);
         }
+        bdrv_unref(lower);
     }
     bdrv_drained_end(bs);
-    bdrv_unref(bs);
 }
 
 /* Will folding its parent take @bs along? */
@@ -294,12 +304,10 @@ static bool GRAPH_RDLOCK is_inner(BlockDriverState *bs)
     return above->drv == &bdrv_sqcow2 && parent == above->backing;
 }
 
-void sqcow2_fold_all(void)
+static void fold_all(void *opaque)
 {
     BlockDriverState *bs, *next;
     GPtrArray *found = g_ptr_array_new();
-
-    GLOBAL_STATE_CODE();
 
     bdrv_graph_rdlock_main_loop();
     for (bs = bdrv_next_all_states(NULL); bs; bs = next) {
@@ -314,44 +322,39 @@ void sqcow2_fold_all(void)
 
     for (guint i = 0; i < found->len; i++) {
         bs = g_ptr_array_index(found, i);
-        sqcow2_fold(bs);
+        fold(bs);
         bdrv_unref(bs);
     }
     g_ptr_array_unref(found);
 }
 
-static void fold_bh(void *opaque)
-{
-    sqcow2_fold_all();
-}
-
 /*
- * Commands open the graph first and then find that they cannot do their work.
- * What they leave is folded once they are over: iohandlers' context is polled
- * by the main loop only, never from within a command.
+ * Not at once: jobs end, and commands change the graph, in the midst of other
+ * operations that hold nodes.  iohandlers' context is polled by the main loop
+ * only, never from within a command or a drained section.
  */
-static void fold_later(void)
+void sqcow2_fold_later(void)
 {
     static QEMUBH *bh;
 
+    GLOBAL_STATE_CODE();
+
     if (!bh) {
-        bh = aio_bh_new(iohandler_get_aio_context(), fold_bh, NULL);
+        bh = aio_bh_new(iohandler_get_aio_context(), fold_all, NULL);
     }
     qemu_bh_schedule(bh);
 }
 
 int sqcow2_open_graph(BlockDriverState *bs, bool all, Error **errp)
 {
-    GLOBAL_STATE_CODE();
-
-    fold_later();
+    /* Also if the command then finds that it cannot do its work */
+    sqcow2_fold_later();
     return sqcow2_make_real(bs, all, errp);
 }
 
 int sqcow2_open_graph_to(BlockDriverState *bs, const char *file, Error **errp)
 {
-    GLOBAL_STATE_CODE();
-
-    fold_later();
+    /* Also if the command then finds that it cannot do its work */
+    sqcow2_fold_later();
     return sqcow2_make_real_to(bs, file, errp);
 }

@@ -480,22 +480,21 @@ static int GRAPH_RDLOCK describe_below(BlockDriverState *bs,
     return 0;
 }
 
-/* Make the record name the new tables; on failure it is as before. */
+/*
+ * Make the record name the new tables.  On failure nobody knows which record is
+ * in the file: the new one stays in memory, so that the first table that is not
+ * complete clears "index valid" on disk (S7).
+ */
 static int GRAPH_RDLOCK switch_record(BlockDriverState *bs,
                                       const Sqcow2Record *rec)
 {
     BDRVSqcow2State *s = bs->opaque;
     Sqcow2Record old = s->record;
-    int ret;
 
     s->record = *rec;
     s->record.flags = old.flags | SQCOW2_FLAG_INDEX_VALID;
     memcpy(s->record.stamp, old.stamp, SQCOW2_STAMP_SIZE);
-    ret = sqcow2_record_write(bs);
-    if (ret < 0) {
-        s->record = old;
-    }
-    return ret;
+    return sqcow2_record_write(bs);
 }
 
 /*
@@ -574,7 +573,6 @@ int sqcow2_index_store(BlockDriverState *bs, Error **errp)
         undo_store(bs, root, &rec);
     }
     if (ret == 0) {
-        /* Should that fail, nobody knows which record is in the file */
         ret = switch_record(bs, &rec);
     }
     if (ret < 0) {

@@ -61,12 +61,11 @@ int sqcow2_open_graph(BlockDriverState *bs, bool all, Error **errp);
 int sqcow2_open_graph_to(BlockDriverState *bs, const char *file, Error **errp);
 
 /*
- * The reverse, when an operation on the graph is over: make @bs, or all nodes,
- * flat again where nobody but they themselves uses their backing nodes.  What
- * cannot be made flat stays as it is.  Main thread, no graph lock held.
+ * The reverse, from the main loop once the operation at hand is over: make
+ * nodes flat again where nobody but they themselves uses their backing nodes.
+ * What cannot be made flat stays as it is.  Main thread.
  */
-void sqcow2_fold(BlockDriverState *bs);
-void sqcow2_fold_all(void);
+void sqcow2_fold_later(void);
 
 /*
  * qcow2.c: give a new image, which qcow2's code has just created, its index.
