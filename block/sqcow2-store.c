@@ -586,6 +586,10 @@ int sqcow2_index_store(BlockDriverState *bs, Error **errp)
     s->view.sources = NULL;
     g_clear_pointer(&s->distrust, g_free);
     free_tables(bs, &old);
+    if (s->cache) {
+        /* Clusters of tables that it may have are free now */
+        sqcow2_cache_clear(s->cache);
+    }
     return 0;
 }
 
