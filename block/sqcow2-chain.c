@@ -304,6 +304,12 @@ static int take_from_donor(BlockDriverState *bs)
 }
 
 /*
+ * The block layer opens backing nodes by recursion: each takes some 300 bytes
+ * of stack, and as many steps as there are nodes already.
+ */
+#define MAX_NODES 5000
+
+/*
  * A node for each layer: that fails better here than in the depth, where each
  * level adds its own words to the error.
  */
@@ -311,13 +317,18 @@ static int check_room(BlockDriverState *bs, Error **errp)
 {
     BDRVSqcow2State *s = bs->opaque;
 
-    if (real_nodes == REAL_ALL && s->has_record &&
-        s->record.flags & SQCOW2_FLAG_INDEX_VALID &&
-        !(bs->open_flags & BDRV_O_NO_IO) &&
-        !sqcow2_have_descriptors(s->record.layer, errp)) {
-        return -EMFILE;
+    if (real_nodes != REAL_ALL || !s->has_record ||
+        !(s->record.flags & SQCOW2_FLAG_INDEX_VALID) ||
+        bs->open_flags & BDRV_O_NO_IO) {
+        return 0;
     }
-    return 0;
+    if (s->record.layer > MAX_NODES) {
+        error_setg(errp, "This needs a node for each layer, and there are more "
+                   "than %d; shorten the chain with 'qemu-img commit' or "
+                   "'qemu-img convert'", MAX_NODES);
+        return -EFBIG;
+    }
+    return sqcow2_have_descriptors(s->record.layer, errp) ? 0 : -EMFILE;
 }
 
 int sqcow2_open_flat(BlockDriverState *bs, QDict *options, Error **errp)

@@ -375,6 +375,14 @@ void sqcow2_pool_remove(Sqcow2PooledFile *file)
     g_free(file);
 }
 
+void sqcow2_pool_unlock(Sqcow2PooledFile *file)
+{
+    file->pool->locking = false;
+    if (file->fd >= 0) {
+        sqcow2_unlock_descriptor(file->fd);
+    }
+}
+
 void sqcow2_pool_go_direct(Sqcow2PooledFile *file)
 {
     file->pool->direct = true;

@@ -78,24 +78,6 @@ static void free_timer(void *opaque)
     g_free(t);
 }
 
-void sqcow2_idle_start(BlockDriverState *bs, AioContext *context)
-{
-    BDRVSqcow2State *s = bs->opaque;
-    Sqcow2IdleTimer *t;
-
-    assert(!s->idle_timer);
-    if (!s->q.cache_clean_interval || !s->cache) {
-        return;
-    }
-    t = s->idle_timer = g_new0(Sqcow2IdleTimer, 1);
-    t->bs = bs;
-    t->interval_ms = (int64_t)s->q.cache_clean_interval * 1000;
-    qemu_mutex_init(&t->lock);
-    aio_timer_init(context, &t->timer, QEMU_CLOCK_REALTIME, SCALE_MS, timer_cb,
-                   t);
-    arm(t);
-}
-
 void sqcow2_idle_stop(BlockDriverState *bs)
 {
     BDRVSqcow2State *s = bs->opaque;
@@ -114,4 +96,22 @@ void sqcow2_idle_stop(BlockDriverState *bs)
     } else {
         aio_bh_schedule_oneshot(context, free_timer, t);
     }
+}
+
+void sqcow2_idle_start(BlockDriverState *bs, AioContext *context)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    Sqcow2IdleTimer *t;
+
+    sqcow2_idle_stop(bs);
+    if (!s->q.cache_clean_interval || !s->cache) {
+        return;
+    }
+    t = s->idle_timer = g_new0(Sqcow2IdleTimer, 1);
+    t->bs = bs;
+    t->interval_ms = (int64_t)s->q.cache_clean_interval * 1000;
+    qemu_mutex_init(&t->lock);
+    aio_timer_init(context, &t->timer, QEMU_CLOCK_REALTIME, SCALE_MS, timer_cb,
+                   t);
+    arm(t);
 }

@@ -336,6 +336,9 @@ bool sqcow2_layers_are_pooled(const Sqcow2Layer *layers, uint32_t nb_layers);
 /* The layer's index, for messages */
 void sqcow2_pool_set_index(Sqcow2PooledFile *file, uint32_t index);
 
+/* Give up the file's lock; from now on nothing of the pool is locked. */
+void sqcow2_pool_unlock(Sqcow2PooledFile *file);
+
 /* Use O_DIRECT from now on, where it can be used. */
 void sqcow2_pool_go_direct(Sqcow2PooledFile *file);
 
@@ -449,7 +452,8 @@ void sqcow2_cache_clean(Sqcow2Cache *c);
 
 /*
  * Clean the cache every "cache-clean-interval", in @context, from now on until
- * it is stopped.  The node has no requests (stop: but perhaps ours).
+ * it is stopped; starting once more is starting anew.  The node has no
+ * requests (stop: but perhaps ours).
  */
 void sqcow2_idle_start(BlockDriverState *bs, AioContext *context);
 void sqcow2_idle_stop(BlockDriverState *bs);

@@ -272,6 +272,8 @@ static int layers_inactivate(BlockDriverState *bs)
     for (uint32_t i = 0; i < set->nb_layers; i++) {
         if (set->layers[i].fd >= 0) {
             sqcow2_unlock_descriptor(set->layers[i].fd);
+        } else if (set->layers[i].pooled) {
+            sqcow2_pool_unlock(set->layers[i].pooled);
         }
     }
     return 0;
