@@ -5,6 +5,7 @@
  * The files, top down; calls point down only:
  *   sqcow2.c         the BlockDriver: callbacks, create, info
  *   sqcow2-fold.c    backing nodes that nobody named back into the layer set
+ *   sqcow2-amend.c   turn an image into sqcow2 in place, and back
  *   sqcow2-check.c   check and repair of the index
  *   sqcow2-chain.c   opening flat, and the real backing graph on demand
  *   sqcow2-read.c    read path, block status
@@ -247,6 +248,12 @@ int sqcow2_describe_layer(const Sqcow2Layer *layer, Sqcow2LayerDesc *desc,
  */
 int sqcow2_peek_cluster_bits(const char *filename, const char *backing,
                              const char *backing_fmt);
+
+/*
+ * What the local qcow2 or sqcow2 image @filename is now, whatever is said of
+ * it elsewhere; NONE if it is something else or cannot be read.
+ */
+Sqcow2LayerKind sqcow2_peek_kind(const char *filename);
 
 /* sqcow2-descriptors.c */
 
@@ -495,6 +502,12 @@ int GRAPH_RDLOCK sqcow2_record_create(BlockDriverState *bs,
                                       const Sqcow2Record *rec, Error **errp);
 
 /*
+ * Take feature bit and record away, in one header write, and flush it.
+ * Returns 0, or a negative errno with @errp set.
+ */
+int GRAPH_RDLOCK sqcow2_record_remove(BlockDriverState *bs, Error **errp);
+
+/*
  * Make the record say "no index, no tables", on stable storage: what they
  * name is leaked.  q.lock held in coroutines.  Returns 0 or a negative errno.
  */
@@ -645,6 +658,13 @@ void GRAPH_RDLOCK sqcow2_free_tables(BlockDriverState *bs,
 /* Read the layer table; NULL with @errp set on error, or if empty. */
 uint8_t *sqcow2_read_layer_table(BlockDriverState *bs,
                                  const Sqcow2Record *record, Error **errp);
+
+/* sqcow2-amend.c */
+int GRAPH_RDLOCK
+sqcow2_amend_options(BlockDriverState *bs, QemuOpts *opts,
+                     BlockDriverAmendStatusCB *status_cb, void *cb_opaque,
+                     bool force, Error **errp);
+QemuOptsList *sqcow2_amend_opts(void);
 
 /* sqcow2-check.c */
 int coroutine_fn GRAPH_RDLOCK sqcow2_co_check(BlockDriverState *bs,

@@ -156,6 +156,35 @@ int sqcow2_record_create(BlockDriverState *bs, const Sqcow2Record *rec,
     return 0;
 }
 
+int sqcow2_record_remove(BlockDriverState *bs, Error **errp)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    Qcow2UnknownHeaderExtension *ext = find_extension(s);
+    int ret;
+
+    if (ext) {
+        QLIST_REMOVE(ext, next);
+    }
+    s->q.incompatible_features &= ~SQCOW2_INCOMPAT_INDEX;
+    ret = qcow2_update_header(bs);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Could not write the header");
+        s->q.incompatible_features |= SQCOW2_INCOMPAT_INDEX;
+        if (ext) {
+            QLIST_INSERT_HEAD(&s->q.unknown_header_ext, ext, next);
+        }
+        return ret;
+    }
+    g_free(ext);
+    s->has_record = false;
+    s->changed = false;
+    ret = bdrv_flush(bs->file->bs);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Could not flush the header");
+    }
+    return ret;
+}
+
 int sqcow2_begin_change_locked(BlockDriverState *bs)
 {
     BDRVSqcow2State *s = bs->opaque;

@@ -14,7 +14,6 @@
  */
 #include "qemu/osdep.h"
 #include "qapi/error.h"
-#include "qemu/option.h"
 #include "sqcow2-int.h"
 
 int sqcow2_init_l2_slice(BlockDriverState *bs, int l1_index, unsigned slice,
@@ -191,29 +190,6 @@ sqcow2_co_change_backing_file(BlockDriverState *bs, const char *backing_file,
     return ret;
 }
 
-static int GRAPH_RDLOCK
-sqcow2_amend_options(BlockDriverState *bs, QemuOpts *opts,
-                     BlockDriverAmendStatusCB *status_cb, void *cb_opaque,
-                     bool force, Error **errp)
-{
-    BDRVSqcow2State *s = bs->opaque;
-    const char *compat = qemu_opt_get(opts, BLOCK_OPT_COMPAT_LEVEL);
-    int ret;
-
-    if (sqcow2_has_index_bit(s) && compat && strcmp(compat, "1.1") &&
-        strcmp(compat, "v3")) {
-        error_setg(errp, "An sqcow2 image needs compat=1.1");
-        return -ENOTSUP;
-    }
-    ret = sqcow2_begin_change_locked(bs);
-    if (ret < 0) {
-        error_setg_errno(errp, -ret, "Could not update the sQcow2 header");
-        return ret;
-    }
-    return bdrv_qcow2.bdrv_amend_options(bs, opts, status_cb, cb_opaque,
-                                         force, errp);
-}
-
 void sqcow2_write_init(BlockDriver *drv)
 {
     drv->bdrv_co_pwritev_part = sqcow2_co_pwritev_part;
@@ -227,5 +203,4 @@ void sqcow2_write_init(BlockDriver *drv)
     drv->bdrv_snapshot_goto = sqcow2_snapshot_goto;
     drv->bdrv_snapshot_delete = sqcow2_snapshot_delete;
     drv->bdrv_co_change_backing_file = sqcow2_co_change_backing_file;
-    drv->bdrv_amend_options = sqcow2_amend_options;
 }
