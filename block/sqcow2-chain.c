@@ -137,6 +137,7 @@ static bool load_index(BlockDriverState *bs)
         set_distrust(s, "the chain has another length than when it was "
                      "indexed");
     }
+    s->fits = !s->distrust;
     if (!s->distrust &&
         sqcow2_view_load(bs, &s->record, &s->view, &local_err) < 0) {
         set_distrust(s, error_get_pretty(local_err));
@@ -389,7 +390,7 @@ int sqcow2_open_flat(BlockDriverState *bs, QDict *options, Error **errp)
         sqcow2_drop_flat(bs);
         return ret;
     }
-    sqcow2_layers_go_direct(set_bs);
+    sqcow2_layers_set_direct(set_bs, true);
     return 1;
 }
 
@@ -456,7 +457,7 @@ int sqcow2_reactivate(BlockDriverState *bs, const Sqcow2Record *old,
         bs->drv = NULL;
         return ret;
     }
-    sqcow2_layers_go_direct(s->set->bs);
+    sqcow2_layers_set_direct(s->set->bs, true);
     return 0;
 }
 

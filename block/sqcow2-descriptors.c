@@ -383,11 +383,11 @@ void sqcow2_pool_unlock(Sqcow2PooledFile *file)
     }
 }
 
-void sqcow2_pool_go_direct(Sqcow2PooledFile *file)
+void sqcow2_pool_set_direct(Sqcow2PooledFile *file, bool direct)
 {
-    file->pool->direct = true;
+    file->pool->direct = direct;
     if (file->fd >= 0) {
-        fcntl(file->fd, F_SETFL, O_DIRECT);
+        fcntl(file->fd, F_SETFL, direct ? O_DIRECT : 0);
     }
 }
 

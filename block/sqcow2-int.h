@@ -5,14 +5,16 @@
  * The files, top down; calls point down only:
  *   sqcow2.c         the BlockDriver: callbacks, create, info
  *   sqcow2-fold.c    backing nodes that nobody named back into the layer set
+ *   sqcow2-amend.c   turn an image into sqcow2 in place, and back
+ *   sqcow2-check.c   check and repair of the index
  *   sqcow2-chain.c   opening flat, and the real backing graph on demand
- *   sqcow2-check.c   check of the index
  *   sqcow2-read.c    read path, block status
  *   sqcow2-write.c   what writing adds to qcow2's
  *   sqcow2-store.c   write an index into an image, new or not
  *   sqcow2-build.c   make an index from what of the chain's is still true
  *   sqcow2-index.c   read an index: share, load
  *   sqcow2-record.c  the record in the header: find, change, write in place
+ *   sqcow2-tables.c  all own L2 tables, of internal snapshots too
  *   sqcow2-lookup.c  guest offset -> owner, host offset, kind, run
  *   sqcow2-merge.c   L2 tables merged from those of several layers
  *   sqcow2-idle.c    give the cache's memory back
@@ -141,6 +143,7 @@ typedef struct BDRVSqcow2State {
     Sqcow2IdleTimer *idle_timer;    /* NULL: not wanted */
     uint64_t cache_bytes;       /* budget from the options; 0: default */
     char *distrust;             /* why the index is not used; NULL: it is */
+    bool fits;                  /* S8: the layers are those of the record */
 
     /* Changed under q.lock, or in the main thread while drained */
     bool has_record;
@@ -246,6 +249,12 @@ int sqcow2_describe_layer(const Sqcow2Layer *layer, Sqcow2LayerDesc *desc,
 int sqcow2_peek_cluster_bits(const char *filename, const char *backing,
                              const char *backing_fmt);
 
+/*
+ * What the local qcow2 or sqcow2 image @filename is now, whatever is said of
+ * it elsewhere; NONE if it is something else or cannot be read.
+ */
+Sqcow2LayerKind sqcow2_peek_kind(const char *filename);
+
 /* sqcow2-descriptors.c */
 
 /* A file system's clock may tick as slowly as this; if coarse, this */
@@ -339,8 +348,8 @@ void sqcow2_pool_set_index(Sqcow2PooledFile *file, uint32_t index);
 /* Give up the file's lock; from now on nothing of the pool is locked. */
 void sqcow2_pool_unlock(Sqcow2PooledFile *file);
 
-/* Use O_DIRECT from now on, where it can be used. */
-void sqcow2_pool_go_direct(Sqcow2PooledFile *file);
+/* Use O_DIRECT from now on, where it can be used, or not. */
+void sqcow2_pool_set_direct(Sqcow2PooledFile *file, bool direct);
 
 /*
  * Returns the file's descriptor, to be put back by sqcow2_pool_put(), or a
@@ -382,10 +391,10 @@ Sqcow2Layer *sqcow2_layers_append(BlockDriverState *set,
 void sqcow2_layers_pop(BlockDriverState *set);
 
 /*
- * Use O_DIRECT from now on if the image does: after the last
- * sqcow2_layer_pread(), which needs no alignment.
+ * Use O_DIRECT from now on if the image does, or not: sqcow2_layer_pread()
+ * needs no alignment.
  */
-void sqcow2_layers_go_direct(BlockDriverState *set);
+void sqcow2_layers_set_direct(BlockDriverState *set, bool direct);
 
 static inline uint64_t sqcow2_set_offset(uint16_t layer, uint64_t host_offset)
 {
@@ -487,8 +496,26 @@ void sqcow2_record_load(BlockDriverState *bs);
  */
 int GRAPH_RDLOCK sqcow2_record_write(BlockDriverState *bs);
 
-/* Put s->record into the header extensions in memory, adding ours if needed */
-void sqcow2_record_store(BlockDriverState *bs);
+/*
+ * Give the image its feature bit and the record @rec with a new stamp, in one
+ * header write, and flush it.  Not for an image with a record that counts.
+ * Returns 0, or a negative errno with @errp set; a plain image is still one
+ * then if the header could not be written.
+ */
+int GRAPH_RDLOCK sqcow2_record_create(BlockDriverState *bs,
+                                      const Sqcow2Record *rec, Error **errp);
+
+/*
+ * Take feature bit and record away, in one header write, and flush it.
+ * Returns 0, or a negative errno with @errp set.
+ */
+int GRAPH_RDLOCK sqcow2_record_remove(BlockDriverState *bs, Error **errp);
+
+/*
+ * Make the record say "no index, no tables", on stable storage: what they
+ * name is leaked.  q.lock held in coroutines.  Returns 0 or a negative errno.
+ */
+int GRAPH_RDLOCK sqcow2_record_drop_tables(BlockDriverState *bs);
 
 /* Draw a new stamp into s->record.  Returns 0 or -errno with @errp set. */
 int sqcow2_record_new_stamp(BDRVSqcow2State *s, Error **errp);
@@ -499,6 +526,47 @@ int GRAPH_RDLOCK sqcow2_begin_change_locked(BlockDriverState *bs);
 
 /* S7: the index is wrong from now on; q.lock held in coroutines. */
 int GRAPH_RDLOCK sqcow2_invalidate_index(BlockDriverState *bs);
+
+/* sqcow2-tables.c */
+
+/* An L2 table of the own file */
+typedef struct Sqcow2OwnTable {
+    int64_t host_offset;
+    uint32_t l1_index;
+    uint32_t nb_users;          /* L1 tables that name it */
+    uint64_t disk_end;          /* size of its largest disk; 0: VM state */
+    uint64_t *entries;          /* q.l2_size, big-endian; during the visit */
+    uint32_t progress;          /* this is table @progress of @total */
+    uint32_t total;
+} Sqcow2OwnTable;
+
+/* Returns 1 if it changed table->entries, 0, or a negative errno. */
+typedef int Sqcow2OwnTableFunc(BlockDriverState *bs, Sqcow2OwnTable *table,
+                               void *opaque);
+
+typedef struct Sqcow2Progress {
+    BlockDriverAmendStatusCB *func; /* or NULL */
+    void *opaque;
+} Sqcow2Progress;
+
+/*
+ * Call @func for every L2 table of the active disk and of internal snapshots,
+ * once for each; write those that it changes if @write, else it must change
+ * none.  No table is flushed.  q.lock held in coroutines.
+ * Returns 0, or a negative errno with @errp set: -EINVAL when L1 tables or
+ * refcounts are damaged.
+ */
+int GRAPH_RDLOCK sqcow2_for_each_own_table(BlockDriverState *bs, bool write,
+                                           Sqcow2OwnTableFunc *func,
+                                           void *opaque, Error **errp);
+
+/*
+ * Turn all foreign entries into 0, which means "ask the layer below" too
+ * while the index is not valid: it must not be.  q.lock held in coroutines.
+ * @progress: may be NULL.  Returns 0, or a negative errno with @errp set.
+ */
+int GRAPH_RDLOCK sqcow2_forget_foreign(BlockDriverState *bs,
+                                       Sqcow2Progress *progress, Error **errp);
 
 /* sqcow2-index.c */
 
@@ -582,9 +650,42 @@ sqcow2_index_create(BlockDriverState *bs, Error **errp);
  */
 int GRAPH_RDLOCK sqcow2_index_empty(BlockDriverState *bs, Error **errp);
 
+/*
+ * Free what @old, which the header does not hold any more, names: its root
+ * and layer tables, and merged tables.  Only a table whose checksum is right
+ * is certainly still ours; better leak the clusters of another than free
+ * somebody's data.  q.lock held in coroutines.
+ */
+void GRAPH_RDLOCK sqcow2_free_tables(BlockDriverState *bs,
+                                     const Sqcow2Record *old);
+
 /* Read the layer table; NULL with @errp set on error, or if empty. */
 uint8_t *sqcow2_read_layer_table(BlockDriverState *bs,
                                  const Sqcow2Record *record, Error **errp);
+
+/* sqcow2-amend.c */
+int GRAPH_RDLOCK
+sqcow2_amend_options(BlockDriverState *bs, QemuOpts *opts,
+                     BlockDriverAmendStatusCB *status_cb, void *cb_opaque,
+                     bool force, Error **errp);
+QemuOptsList *sqcow2_amend_opts(void);
+
+/* sqcow2-check.c */
+int coroutine_fn GRAPH_RDLOCK sqcow2_co_check(BlockDriverState *bs,
+                                              BdrvCheckResult *result,
+                                              BdrvCheckMode fix);
+
+/*
+ * Store an index that is made anew, even if that of the image is trusted.  The
+ * image is writable and has a record, and is flat or a base; q.lock held in
+ * coroutines.
+ * @full: from standard entries alone (S1); it is, too, if that of the image
+ *        is trusted.  Else from what of the chain's indexes is still true.
+ * @truth: the view from standard entries alone, taken over; NULL: build it.
+ * Returns 0, or a negative errno with @errp set as sqcow2_index_store().
+ */
+int GRAPH_RDLOCK sqcow2_index_rebuild(BlockDriverState *bs, bool full,
+                                      Sqcow2View *truth, Error **errp);
 
 /* sqcow2-chain.c; in the main thread, without graph lock if not said */
 

@@ -355,25 +355,26 @@ void sqcow2_layers_set(BlockDriverState *set_bs, Sqcow2Layer *layers,
     set->nb_layers = nb_layers;
 }
 
-static void layer_go_direct(BlockDriverState *set_bs, const Sqcow2Layer *layer)
+static void set_direct(BlockDriverState *set_bs, const Sqcow2Layer *layer,
+                       bool direct)
 {
     if (!(set_bs->open_flags & BDRV_O_NOCACHE)) {
         return;
     }
     /* Where it does not take, reads work all the same */
     if (layer->fd >= 0) {
-        fcntl(layer->fd, F_SETFL, O_DIRECT);
+        fcntl(layer->fd, F_SETFL, direct ? O_DIRECT : 0);
     } else if (layer->pooled) {
-        sqcow2_pool_go_direct(layer->pooled);
+        sqcow2_pool_set_direct(layer->pooled, direct);
     }
 }
 
-void sqcow2_layers_go_direct(BlockDriverState *set_bs)
+void sqcow2_layers_set_direct(BlockDriverState *set_bs, bool direct)
 {
     LayerSet *set = set_bs->opaque;
 
     for (uint32_t i = 0; i < set->nb_layers; i++) {
-        layer_go_direct(set_bs, &set->layers[i]);
+        set_direct(set_bs, &set->layers[i], direct);
     }
 }
 
@@ -384,7 +385,7 @@ Sqcow2Layer *sqcow2_layers_append(BlockDriverState *set_bs,
 
     set->layers = g_renew(Sqcow2Layer, set->layers, set->nb_layers + 1);
     set->layers[set->nb_layers++] = *layer;
-    layer_go_direct(set_bs, layer);
+    set_direct(set_bs, layer, true);
     return set->layers;
 }
 

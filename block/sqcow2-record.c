@@ -47,7 +47,8 @@ void sqcow2_record_load(BlockDriverState *bs)
     s->has_record = true;
 }
 
-void sqcow2_record_store(BlockDriverState *bs)
+/* Put s->record into the extensions in memory, adding ours if needed. */
+static void record_store(BlockDriverState *bs)
 {
     BDRVSqcow2State *s = bs->opaque;
     Qcow2UnknownHeaderExtension *ext = find_extension(s);
@@ -109,7 +110,7 @@ int sqcow2_record_write(BlockDriverState *bs)
     sqcow2_encode_record(&s->record, buf);
     ret = bdrv_pwrite_sync(bs->file, host_offset, sizeof(buf), buf, 0);
     if (ret == 0) {
-        sqcow2_record_store(bs);
+        record_store(bs);
     }
     return ret;
 }
@@ -118,6 +119,70 @@ int sqcow2_record_new_stamp(BDRVSqcow2State *s, Error **errp)
 {
     return qcrypto_random_bytes(s->record.stamp, SQCOW2_STAMP_SIZE, errp) < 0 ?
            -EIO : 0;
+}
+
+int sqcow2_record_create(BlockDriverState *bs, const Sqcow2Record *rec,
+                         Error **errp)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    uint64_t old_features = s->q.incompatible_features;
+    int ret;
+
+    s->record = *rec;
+    ret = sqcow2_record_new_stamp(s, errp);
+    if (ret < 0) {
+        return ret;
+    }
+    s->q.incompatible_features |= SQCOW2_INCOMPAT_INDEX;
+    record_store(bs);
+    ret = qcow2_update_header(bs);
+    if (ret < 0 && !(old_features & SQCOW2_INCOMPAT_INDEX)) {
+        Qcow2UnknownHeaderExtension *ext = find_extension(s);
+
+        s->q.incompatible_features = old_features;
+        QLIST_REMOVE(ext, next);
+        g_free(ext);
+    }
+    if (ret == 0) {
+        ret = bdrv_flush(bs->file->bs);
+    }
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Could not write the sQcow2 header%s",
+                         ret == -ENOSPC ? " (does the backing file name fit "
+                         "into the first cluster?)" : "");
+        return ret;
+    }
+    s->has_record = true;
+    return 0;
+}
+
+int sqcow2_record_remove(BlockDriverState *bs, Error **errp)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    Qcow2UnknownHeaderExtension *ext = find_extension(s);
+    int ret;
+
+    if (ext) {
+        QLIST_REMOVE(ext, next);
+    }
+    s->q.incompatible_features &= ~SQCOW2_INCOMPAT_INDEX;
+    ret = qcow2_update_header(bs);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Could not write the header");
+        s->q.incompatible_features |= SQCOW2_INCOMPAT_INDEX;
+        if (ext) {
+            QLIST_INSERT_HEAD(&s->q.unknown_header_ext, ext, next);
+        }
+        return ret;
+    }
+    g_free(ext);
+    s->has_record = false;
+    s->changed = false;
+    ret = bdrv_flush(bs->file->bs);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Could not flush the header");
+    }
+    return ret;
 }
 
 int sqcow2_begin_change_locked(BlockDriverState *bs)
@@ -171,6 +236,26 @@ int sqcow2_invalidate_index(BlockDriverState *bs)
                      : sqcow2_begin_change_locked(bs);
     if (ret < 0) {
         s->record.flags |= SQCOW2_FLAG_INDEX_VALID;
+    }
+    return ret;
+}
+
+int sqcow2_record_drop_tables(BlockDriverState *bs)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    Sqcow2Record old = s->record;
+    int ret;
+
+    if (!s->has_record) {
+        return 0;
+    }
+    s->record.flags &= ~SQCOW2_FLAG_INDEX_VALID;
+    s->record.root = s->record.layer_table = (Sqcow2TableRef) {};
+    /* At the start of a session one write does both */
+    ret = s->changed ? sqcow2_record_write(bs)
+                     : sqcow2_begin_change_locked(bs);
+    if (ret < 0) {
+        s->record = old;
     }
     return ret;
 }

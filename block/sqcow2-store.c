@@ -292,11 +292,6 @@ int coroutine_fn sqcow2_index_create(BlockDriverState *bs, Error **errp)
         rec = (Sqcow2Record) {};
     }
 
-    s->record = rec;
-    ret = sqcow2_record_new_stamp(s, errp);
-    if (ret < 0) {
-        return ret;
-    }
     /*
      * Merged tables have no checksum and must be on disk before a header
      * names them; a root table that did not get there is noticed.
@@ -307,40 +302,27 @@ int coroutine_fn sqcow2_index_create(BlockDriverState *bs, Error **errp)
         error_setg_errno(errp, -ret, "Could not write the index");
         return ret;
     }
-    s->q.incompatible_features |= SQCOW2_INCOMPAT_INDEX;
-    sqcow2_record_store(bs);
-    ret = qcow2_update_header(bs);
-    if (ret == 0) {
-        ret = bdrv_flush(bs->file->bs);
-    }
-    if (ret < 0) {
-        error_setg_errno(errp, -ret, "Could not write the sQcow2 header%s",
-                         ret == -ENOSPC ? " (does the backing file name fit "
-                         "into the first cluster?)" : "");
-    }
-    return ret;
+    return sqcow2_record_create(bs, &rec, errp);
 }
 
 /* Complete one own L2 table from the view below; S7. */
-static int GRAPH_RDLOCK complete_table(BlockDriverState *bs, int l1_index,
-                                       uint64_t l2_offset)
+static int GRAPH_RDLOCK complete_table(BlockDriverState *bs,
+                                       Sqcow2OwnTable *table, void *opaque)
 {
     BDRVSqcow2State *s = bs->opaque;
     unsigned slice_entries = s->q.l2_slice_size;
     g_autofree uint64_t *inherited = g_new(uint64_t, slice_entries);
+    int changed = 0;
 
+    if (!table->disk_end) {
+        return 0;               /* S10: VM state */
+    }
     for (unsigned slice = 0; slice < s->q.l2_size / slice_entries; slice++) {
-        uint64_t *own;
-        bool dirty = false;
+        uint64_t *own = table->entries + slice * slice_entries;
         int ret;
 
         memset(inherited, 0, slice_entries * sizeof(uint64_t));
-        ret = sqcow2_inherit_slice(bs, l1_index, slice, inherited);
-        if (ret == 0) {
-            ret = qcow2_cache_get(bs, s->q.l2_table_cache, l2_offset +
-                                  slice * slice_entries * sizeof(uint64_t),
-                                  (void **)&own);
-        }
+        ret = sqcow2_inherit_slice(bs, table->l1_index, slice, inherited);
         if (ret < 0) {
             return ret;
         }
@@ -350,38 +332,11 @@ static int GRAPH_RDLOCK complete_table(BlockDriverState *bs, int l1_index,
             if ((!entry || sqcow2_entry_is_foreign(entry)) &&
                 own[i] != inherited[i]) {
                 own[i] = inherited[i];
-                dirty = true;
+                changed = 1;
             }
         }
-        if (dirty) {
-            qcow2_cache_entry_mark_dirty(s->q.l2_table_cache, own);
-        }
-        qcow2_cache_put(s->q.l2_table_cache, (void **)&own);
     }
-    return 0;
-}
-
-static int GRAPH_RDLOCK complete_tables(BlockDriverState *bs,
-                                        const uint64_t *l1, uint64_t entries)
-{
-    BDRVSqcow2State *s = bs->opaque;
-
-    for (uint64_t i = 0; i < entries; i++) {
-        uint64_t l2_offset = l1[i] & L1E_OFFSET_MASK;
-        int ret;
-
-        if (!l2_offset) {
-            continue;
-        }
-        if (offset_into_cluster(&s->q, l2_offset)) {
-            return -EIO;
-        }
-        ret = complete_table(bs, i, l2_offset);
-        if (ret < 0) {
-            return ret;
-        }
-    }
-    return 0;
+    return changed;
 }
 
 /* S10 keeps us from telling what lies behind the active disk's end. */
@@ -396,43 +351,7 @@ static bool snapshots_fit(BDRVSqcow2State *s)
     return true;
 }
 
-/* The tables of internal snapshots; those of the active disk may be shared */
-static int GRAPH_RDLOCK complete_snapshots(BlockDriverState *bs)
-{
-    BDRVSqcow2State *s = bs->opaque;
-
-    for (int i = 0; i < s->q.nb_snapshots; i++) {
-        QCowSnapshot *sn = &s->q.snapshots[i];
-        uint64_t entries = MIN(sn->l1_size, s->q.l1_vm_state_index);
-        g_autofree uint64_t *l1 = g_try_new(uint64_t, MAX(entries, 1));
-        int ret;
-
-        if (!l1) {
-            return -ENOMEM;
-        }
-        entries = MIN(entries, size_to_l1(&s->q, sn->disk_size));
-        ret = bdrv_pread(bs->file, sn->l1_table_offset, entries * L1E_SIZE,
-                         l1, 0);
-        for (uint64_t j = 0; j < entries; j++) {
-            l1[j] = be64_to_cpu(l1[j]);
-        }
-        if (ret == 0) {
-            ret = complete_tables(bs, l1, entries);
-        }
-        if (ret < 0) {
-            return ret;
-        }
-    }
-    return 0;
-}
-
-/*
- * Free what @old names: its root and layer tables, and merged tables.  Only
- * a table whose checksum is right is certainly still ours; better leak the
- * clusters of another than free somebody's data.
- */
-static void GRAPH_RDLOCK free_tables(BlockDriverState *bs,
-                                     const Sqcow2Record *old)
+void sqcow2_free_tables(BlockDriverState *bs, const Sqcow2Record *old)
 {
     BDRVSqcow2State *s = bs->opaque;
     g_autofree uint8_t *layer_table = sqcow2_read_layer_table(bs, old, NULL);
@@ -561,10 +480,7 @@ int sqcow2_index_store(BlockDriverState *bs, Error **errp)
         ret = write_view(bs, &s->view, &rec, errp);
     }
     if (ret == 0) {
-        ret = complete_tables(bs, s->q.l1_table, s->q.l1_vm_state_index);
-    }
-    if (ret == 0) {
-        ret = complete_snapshots(bs);
+        ret = sqcow2_for_each_own_table(bs, true, complete_table, NULL, errp);
     }
     if (ret == 0) {
         ret = qcow2_flush_caches(bs);
@@ -584,8 +500,9 @@ int sqcow2_index_store(BlockDriverState *bs, Error **errp)
     s->mode = s->layer ? SQCOW2_MODE_INDEXED : SQCOW2_MODE_OFF;
     sqcow2_sources_free(s->view.sources);
     s->view.sources = NULL;
+    s->fits = true;
     g_clear_pointer(&s->distrust, g_free);
-    free_tables(bs, &old);
+    sqcow2_free_tables(bs, &old);
     if (s->cache) {
         /* Clusters of tables that it may have are free now */
         sqcow2_cache_clear(s->cache);

@@ -767,6 +767,30 @@ int sqcow2_walk(const Sqcow2WalkOptions *opts, Sqcow2Chain *chain,
     return 0;
 }
 
+Sqcow2LayerKind sqcow2_peek_kind(const char *filename)
+{
+    Sqcow2Layer layer = { .fd = -1 };
+    const char *path = filename;
+    QCowHeader h = {};
+    int ret;
+
+    strstart(path, "file:", &path);
+    if (!path_has_protocol(path)) {
+        layer.fd = sqcow2_open_descriptor(path, NULL);
+    }
+    if (layer.fd < 0) {
+        return SQCOW2_LAYER_NONE;
+    }
+    ret = sqcow2_layer_pread(&layer, 0, V3_HEADER_BYTES, &h);
+    qemu_close(layer.fd);
+    if (ret < 0 || be32_to_cpu(h.magic) != QCOW_MAGIC) {
+        return SQCOW2_LAYER_NONE;
+    }
+    return be32_to_cpu(h.version) >= 3 &&
+           be64_to_cpu(h.incompatible_features) & SQCOW2_INCOMPAT_INDEX ?
+           SQCOW2_LAYER_SQCOW2 : SQCOW2_LAYER_QCOW2;
+}
+
 int sqcow2_peek_cluster_bits(const char *filename, const char *backing,
                              const char *backing_fmt)
 {

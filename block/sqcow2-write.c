@@ -13,9 +13,7 @@
  * the same.
  */
 #include "qemu/osdep.h"
-#include "qemu/error-report.h"
 #include "qapi/error.h"
-#include "qemu/option.h"
 #include "sqcow2-int.h"
 
 int sqcow2_init_l2_slice(BlockDriverState *bs, int l1_index, unsigned slice,
@@ -128,18 +126,9 @@ static int GRAPH_RDLOCK sqcow2_make_empty(BlockDriverState *bs)
     if (s->mode != SQCOW2_MODE_OFF) {
         return -ENOTSUP;        /* only commit does it, on the real graph */
     }
-    if (s->has_record) {
-        Sqcow2Record old = s->record;
-
-        /* One write for S3 and for this */
-        s->record.flags &= ~SQCOW2_FLAG_INDEX_VALID;
-        s->record.root = s->record.layer_table = (Sqcow2TableRef) {};
-        ret = s->changed ? sqcow2_record_write(bs)
-                         : sqcow2_begin_change_locked(bs);
-        if (ret < 0) {
-            s->record = old;
-            return ret;
-        }
+    ret = sqcow2_record_drop_tables(bs);
+    if (ret < 0) {
+        return ret;
     }
     return bdrv_qcow2.bdrv_make_empty(bs);
 }
@@ -201,57 +190,6 @@ sqcow2_co_change_backing_file(BlockDriverState *bs, const char *backing_file,
     return ret;
 }
 
-static int coroutine_fn GRAPH_RDLOCK
-sqcow2_co_check(BlockDriverState *bs, BdrvCheckResult *result,
-                BdrvCheckMode fix)
-{
-    BDRVSqcow2State *s = bs->opaque;
-    Error *local_err = NULL;
-    int ret = fix ? sqcow2_begin_change(bs) : 0;
-
-    if (ret == 0) {
-        ret = bdrv_qcow2.bdrv_co_check(bs, result, fix);
-    }
-    if (ret < 0 || !(fix & BDRV_FIX_ERRORS) || result->corruptions ||
-        s->mode != SQCOW2_MODE_REBUILT || !s->has_record) {
-        return ret;
-    }
-    /* The index does not fit the layers below: store one that does */
-    qemu_co_mutex_lock(&s->q.lock);
-    ret = sqcow2_index_store(bs, &local_err);
-    qemu_co_mutex_unlock(&s->q.lock);
-    if (ret == -ENOTSUP) {
-        warn_report_err(local_err);     /* it works without, if slower */
-    } else if (ret < 0) {
-        error_report_err(local_err);
-        result->check_errors++;
-    }
-    return 0;
-}
-
-static int GRAPH_RDLOCK
-sqcow2_amend_options(BlockDriverState *bs, QemuOpts *opts,
-                     BlockDriverAmendStatusCB *status_cb, void *cb_opaque,
-                     bool force, Error **errp)
-{
-    BDRVSqcow2State *s = bs->opaque;
-    const char *compat = qemu_opt_get(opts, BLOCK_OPT_COMPAT_LEVEL);
-    int ret;
-
-    if (sqcow2_has_index_bit(s) && compat && strcmp(compat, "1.1") &&
-        strcmp(compat, "v3")) {
-        error_setg(errp, "An sqcow2 image needs compat=1.1");
-        return -ENOTSUP;
-    }
-    ret = sqcow2_begin_change_locked(bs);
-    if (ret < 0) {
-        error_setg_errno(errp, -ret, "Could not update the sQcow2 header");
-        return ret;
-    }
-    return bdrv_qcow2.bdrv_amend_options(bs, opts, status_cb, cb_opaque,
-                                         force, errp);
-}
-
 void sqcow2_write_init(BlockDriver *drv)
 {
     drv->bdrv_co_pwritev_part = sqcow2_co_pwritev_part;
@@ -265,6 +203,4 @@ void sqcow2_write_init(BlockDriver *drv)
     drv->bdrv_snapshot_goto = sqcow2_snapshot_goto;
     drv->bdrv_snapshot_delete = sqcow2_snapshot_delete;
     drv->bdrv_co_change_backing_file = sqcow2_co_change_backing_file;
-    drv->bdrv_co_check = sqcow2_co_check;
-    drv->bdrv_amend_options = sqcow2_amend_options;
 }

@@ -421,6 +421,9 @@ static void bdrv_sqcow2_init(void)
     bdrv_sqcow2.bdrv_co_preadv_part = sqcow2_co_preadv_part;
     bdrv_sqcow2.bdrv_co_block_status = sqcow2_co_block_status;
     bdrv_sqcow2.bdrv_co_copy_range_from = sqcow2_co_copy_range_from;
+    bdrv_sqcow2.bdrv_co_check = sqcow2_co_check;
+    bdrv_sqcow2.bdrv_amend_options = sqcow2_amend_options;
+    bdrv_sqcow2.amend_opts = sqcow2_amend_opts();
     sqcow2_write_init(&bdrv_sqcow2);
 
     bdrv_register(&bdrv_sqcow2);

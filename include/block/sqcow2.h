@@ -46,6 +46,12 @@ void sqcow2_refresh_later(BlockDriverState *bs);
 void sqcow2_refresh(void);
 
 /*
+ * qemu-img amend: flags to add for opening an image whose @options, as the
+ * user gave them, are for its index and for nothing else
+ */
+int sqcow2_amend_flags(const char *options);
+
+/*
  * Give @bs a real backing node in place of its flat state, for jobs that
  * work on it; filters on top of it are passed.  @all: and so all nodes below.
  * If no job works on it when the command is over, all is folded again.

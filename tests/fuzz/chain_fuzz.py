@@ -162,6 +162,15 @@ class Executor:
     def do_amend(self, name: str, step: Step) -> None:
         self.on_image(name, "amend", "-q", "-o", str(step["option"]), name)
 
+    def do_index(self, name: str, step: Step) -> None:
+        """Of the index alone: the content stays, and qcow2 has none."""
+        options = step["options"]
+        assert isinstance(options, list)
+        if fmt(self.tree[name].kind, "a") == "sqcow2":
+            for option in options:
+                self.run("a", [self.img, "amend", "-q", "-f", "sqcow2", "-o",
+                               f"index={option}", name])
+
     def do_bitmap(self, name: str, step: Step) -> None:
         self.on_image(name, "bitmap", str(step["what"]), name, "bits")
 

@@ -52,7 +52,8 @@ class Generator:
         choices: list[tuple[int, Callable[[], None]]] = [
             (40, self.io), (8, self.overlay), (6, self.resize), (9, self.snapshot),
             (4, self.commit), (4, self.rebase), (2, self.check), (3, self.crash),
-            (2, self.amend), (1, self.bitmap), (2, self.convert), (3, self.compressed)]
+            (2, self.amend), (3, self.index), (1, self.bitmap), (2, self.convert),
+            (3, self.compressed)]
         weights = [weight for weight, _ in choices]
         while len(self.steps) < nb_steps:
             self.rng.choices(choices, weights)[0][1]()
@@ -223,6 +224,12 @@ class Generator:
             option = self.rng.choice(("lazy_refcounts=on", "lazy_refcounts=off",
                                       "refcount_bits=64", f"size={self.size()}"))
             self.steps.append({"op": "amend", "image": image.name, "option": option})
+
+    def index(self) -> None:
+        image = self.pick(lambda image: image.kind == "sq")
+        if image:
+            self.steps.append({"op": "index", "image": image.name, "options": self.rng.choice(
+                (["rebuild"], ["off", "on"], ["off"], ["on"]))})
 
     def bitmap(self) -> None:
         image = self.pick(lambda image: image.kind in ("v3", "sq"))

@@ -484,7 +484,7 @@ class Image:
                 decode_plain(plain)
             except FormatError as e:
                 yield Violation('S2', f'plain[{k}]: {e}')
-        for l1 in [self.l1] + self.snapshot_l1:
+        for l1 in [self.l1] + self.snapshot_l1 if self.index_valid else []:
             places += [e & OFFSET_MASK for e in l1 if e & OFFSET_MASK]
         for place in places:
             for j, entry in enumerate(self.table(place)):
