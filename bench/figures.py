@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Callable, Iterator
 
+import live
 import measure
 from chains import Chain, Content, RandomContent, build, first_difference, plan
 from measure import MIB, interleave
@@ -33,13 +34,14 @@ class Scale:
     memory_rounds: int = 7
     counted_reads: int = 5000
     writes: int = 20000
+    live_rounds: int = 5
     long_chain: int = 10000
     reindex_size: int = 100 * GIB
     aios: tuple[str, ...] = ('threads', 'io_uring')
 
 
 QUICK = Scale(rounds=7, reads=8000, creates=15, opens=15, memory_rounds=3, counted_reads=2500,
-              writes=5000, long_chain=0, reindex_size=0)
+              writes=5000, live_rounds=1, long_chain=0, reindex_size=0)
 
 
 class Bench:
@@ -241,6 +243,11 @@ class Bench:
                 for image in (self.deep, self.reference)))
             yield self._compare(f'write-{key}', f'{title}, {deep} : {reference}', rates[0],
                                 rates[1], Limit(0.97, at_least=True), (deep, reference))
+
+    def live(self) -> Iterator[Figure]:
+        """Snapshots of a running machine."""
+        yield from live.live(self.tools, self.work, self.subject, self.scale.layers,
+                             self.scale.size, self.scale.live_rounds, self.say)
 
     def surgery(self) -> Iterator[Figure]:
         """Commit and stream near the top of the long chain."""

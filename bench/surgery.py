@@ -6,7 +6,6 @@ qcow2 does the same on a chain of ten layers whose upper layers hold the same da
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ from typing import Any, Callable, Iterator
 
 from chains import Chain, Layer, RandomContent, build, plan
 from measure import MIB, interleave
+from monitored import Monitored
 from report import Figure, Limit
 from tools import BenchError, Image, Tools, describe_status, shorten
 
@@ -44,61 +44,25 @@ def restored(chain: Chain, upper: int) -> Iterator[list[str]]:
             os.replace(chain.folder / f'{name}.kept', chain.folder / name)
 
 
-class Daemon:
-    """A qemu-storage-daemon with one image open, spoken to by QMP."""
+class Daemon(Monitored):
+    """A qemu-storage-daemon with one image open."""
 
     def __init__(self, tools: Tools, image: Image) -> None:
         binary = tools.build_dir / 'storage-daemon' / 'qemu-storage-daemon'
-        self._process = subprocess.Popen(
-            [str(binary), '--chardev', 'stdio,id=qmp', '--monitor', 'chardev=qmp', '--blockdev',
-             f'driver={image.fmt},node-name=top,file.driver=file,file.filename={image.path}'],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self._answer('QMP')
-        self.command('qmp_capabilities')
-
-    def __enter__(self) -> 'Daemon':
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        self._process.communicate()
-
-    def _answer(self, *keys: str) -> dict[str, Any]:
-        assert self._process.stdout
-        for line in self._process.stdout:
-            message: dict[str, Any] = json.loads(line)
-            if 'error' in message:
-                raise BenchError(message['error']['desc'])
-            if any(key in message for key in keys):
-                return message
-        raise BenchError(f'qemu-storage-daemon: {describe_status(self._process.wait())}')
-
-    def command(self, name: str, **arguments: Any) -> Any:
-        """Its return value."""
-        assert self._process.stdin
-        line = {'execute': name, 'arguments': {k.replace('_', '-'): v
-                                               for k, v in arguments.items()}}
-        self._process.stdin.write(json.dumps(line).encode() + b'\n')
-        self._process.stdin.flush()
-        return self._answer('return')['return']
+        super().__init__([
+            str(binary), '--chardev', 'stdio,id=qmp', '--monitor', 'chardev=qmp', '--blockdev',
+            f'driver={image.fmt},node-name=top,file.driver=file,file.filename={image.path}'])
 
     def job(self, name: str, **arguments: Any) -> None:
         """Run a block job to its end."""
         self.command(name, job_id='job', device='top', **arguments)
         while True:
-            event = self._answer('event')
+            event = self.answer('event')
             if event['event'] == 'BLOCK_JOB_COMPLETED':
                 if 'error' in event['data']:
                     raise BenchError(f'{name}: {event["data"]["error"]}')
                 break
         self.command('query-block-jobs')
-
-    def peak_rss(self) -> int:
-        """Peak resident memory in bytes."""
-        for line in Path(f'/proc/{self._process.pid}/status').read_text('ascii').splitlines():
-            if line.startswith('VmHWM:'):
-                return int(line.split()[1]) * 1024
-        raise BenchError('no VmHWM in /proc/PID/status: is this Linux?')
 
 
 @dataclass(frozen=True)
@@ -117,7 +81,7 @@ def live(tools: Tools, chain: Chain, job: str) -> Cost:
             daemon.job(job, top=str(chain.folder / names[1]), base=str(chain.folder / names[2]))
         else:
             daemon.job(job, base=str(chain.folder / names[2]))
-        return Cost(1000 * (time.perf_counter() - start), daemon.peak_rss() / MIB)
+        return Cost(1000 * (time.perf_counter() - start), daemon.memory('VmHWM') / MIB)
 
 
 def commit_active(tools: Tools, chain: Chain) -> Cost:

@@ -252,41 +252,60 @@ static int reopen(BlockDriverState *bs, Error **errp)
 /* Has a job taken away what was below? */
 static bool GRAPH_RDLOCK is_new_base(BlockDriverState *bs)
 {
+    BDRVSqcow2State *s = bs->opaque;
+
     return bs->drv == &bdrv_sqcow2 && !bs->backing &&
            !bs->auto_backing_file[0] && sqcow2_is_indexable(bs) &&
-           !has_job(bs);
+           s->has_record && !(s->record.flags & SQCOW2_FLAG_INDEX_VALID) &&
+           bdrv_is_writable(bs) && !has_job(bs);
+}
+
+static void fold_drained(BlockDriverState *bs)
+{
+    BlockDriverState *lower;
+    bool foldable, new_base;
+    int ret = -ENOTSUP;
+
+    bdrv_graph_rdlock_main_loop();
+    foldable = is_foldable(bs);
+    new_base = is_new_base(bs);
+    lower = foldable ? bs->backing->bs : NULL;
+    bdrv_graph_rdunlock_main_loop();
+
+    if (new_base) {
+        sqcow2_index_base(bs);
+    }
+    if (!foldable) {
+        return;
+    }
+    bdrv_ref(lower);
+    if (has_sealed_index(lower)) {
+        ret = absorb(bs, lower, NULL);
+    }
+    if (ret < 0) {
+        ret = reopen(bs, NULL);
+    }
+    if (ret >= 0) {
+        bdrv_set_backing_hd(bs, NULL, &error_abort);
+    }
+    bdrv_unref(lower);
 }
 
 /* @bs is referenced. */
 static void fold(BlockDriverState *bs)
 {
-    BlockDriverState *lower;
-    bool foldable, base;
-    int ret = -ENOTSUP;
+    bool wanted;
 
-    bdrv_drained_begin(bs);
     bdrv_graph_rdlock_main_loop();
-    foldable = is_foldable(bs);
-    base = is_new_base(bs);
-    lower = foldable ? bs->backing->bs : NULL;
+    wanted = is_foldable(bs) || is_new_base(bs);
     bdrv_graph_rdunlock_main_loop();
+    if (!wanted) {
+        return;                 /* draining would disturb a job */
+    }
 
-    if (base) {
-        sqcow2_index_base(bs);
-    }
-    if (foldable) {
-        bdrv_ref(lower);
-        if (has_sealed_index(lower)) {
-            ret = absorb(bs, lower, NULL);
-        }
-        if (ret < 0) {
-            ret = reopen(bs, NULL);
-        }
-        if (ret >= 0) {
-            bdrv_set_backing_hd(bs, NULL, &error_abort);
-        }
-        bdrv_unref(lower);
-    }
+    /* Jobs may end while this waits: all is looked at again afterwards */
+    bdrv_drained_begin(bs);
+    fold_drained(bs);
     bdrv_drained_end(bs);
 }
 

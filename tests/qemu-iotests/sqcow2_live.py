@@ -135,7 +135,7 @@ class LiveTest(TestCase):
         """The command fails; return what it says."""
         assert self.vm
         answer = self.vm.qmp(name, **args)
-        self.assertIn('error', answer)
+        self.assertIn('error', answer, (name, args))
         return str(answer['error']['desc'])
 
     def hmp(self, line: str) -> str:
