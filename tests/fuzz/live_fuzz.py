@@ -155,8 +155,8 @@ class Run:
         cache = self.rng.choice(["writeback", "writeback", "none"])
         aio = self.rng.choice(["threads", "threads", "io_uring"])
         self.machine = Machine(self.build, ["-drive", f"id=d0,if=none,file={self.files[-1][0]},"
-                                            f"format=sqcow2,cache={cache},aio={aio},discard=unmap"],
-                               os.path.join(self.folder, "log"))
+                                            f"format={self.files[-1][1]},cache={cache},aio={aio},"
+                                            "discard=unmap"], os.path.join(self.folder, "log"))
         return self.machine
 
     def write_some(self, most: int = 6) -> None:
@@ -301,7 +301,7 @@ class Run:
         """The process has ended: all content, and check."""
         name, fmt = self.files[-1]
         self.compare(name, fmt, bytes(self.model))
-        info = self.tool("qemu-io", "-r", "-f", "sqcow2", "-c", "info", name)
+        info = self.tool("qemu-io", "-r", "-f", fmt, "-c", "info", name)
         if "index state: rebuilt" in info:
             raise Failure(f"{name}: its index had to be built anew\n{info}")
         for name, fmt in self.files:
