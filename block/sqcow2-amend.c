@@ -197,7 +197,7 @@ static int GRAPH_RDLOCK attach_layers(BlockDriverState *bs, Error **errp)
 
 /* On @rebuild a new index is made even if the old one is trusted. */
 static int GRAPH_RDLOCK index_on(BlockDriverState *bs, bool rebuild,
-                                 Error **errp)
+                                 Sqcow2Progress *progress, Error **errp)
 {
     BDRVSqcow2State *s = bs->opaque;
     bool corrected;
@@ -241,6 +241,7 @@ static int GRAPH_RDLOCK index_on(BlockDriverState *bs, bool rebuild,
         s->mode != SQCOW2_MODE_REBUILT) {
         return 0;
     }
+    progress->func(bs, 1, 2, progress->opaque);
     return sqcow2_index_rebuild(bs, false, NULL, errp);
 }
 
@@ -260,9 +261,9 @@ amend_index(BlockDriverState *bs, QemuOpts *opts, const char *index,
     if (!strcmp(index, "off")) {
         return index_off(bs, &progress, errp);
     } else if (!strcmp(index, "on")) {
-        return index_on(bs, false, errp);
+        return index_on(bs, false, &progress, errp);
     } else if (!strcmp(index, "rebuild")) {
-        return index_on(bs, true, errp);
+        return index_on(bs, true, &progress, errp);
     }
     error_setg(errp, "Invalid value '%s' for 'index': not off, on or rebuild",
                index);

@@ -545,7 +545,7 @@ typedef int Sqcow2OwnTableFunc(BlockDriverState *bs, Sqcow2OwnTable *table,
                                void *opaque);
 
 typedef struct Sqcow2Progress {
-    BlockDriverAmendStatusCB *func; /* or NULL */
+    BlockDriverAmendStatusCB *func;
     void *opaque;
 } Sqcow2Progress;
 

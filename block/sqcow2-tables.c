@@ -217,7 +217,7 @@ static int forget_foreign(BlockDriverState *bs, Sqcow2OwnTable *table,
             changed = 1;
         }
     }
-    if (progress && progress->func) {
+    if (progress) {
         progress->func(bs, table->progress, table->total, progress->opaque);
     }
     return changed;
