@@ -4,6 +4,7 @@ For sqcow2 tests of running machines: disks that a guest writes while the
 graph below changes, beside a model of what it must read
 """
 
+import json
 import os
 import random
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
@@ -275,6 +276,21 @@ class JobTest(LiveTest):
         self.stop()
         disk.data = bytearray(guest.data)
         self.check(disk, state)
+
+    @staticmethod
+    def blockdev(*disks: Disk) -> str:
+        """The chain with explicit nodes, named after their files"""
+        options = None
+        for disk in reversed(disks):
+            name = disk.path.rsplit('/', 1)[1]
+            this = {'driver': disk.fmt, 'node-name': name, 'file': {
+                'driver': 'file', 'filename': disk.path}}
+            if disk is not disks[0]:
+                this['read-only'] = True
+            if disk is not disks[-1]:
+                this['backing'] = options
+            options = this
+        return json.dumps(options)
 
 
 def descriptors(pid: int) -> int:
