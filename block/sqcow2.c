@@ -308,7 +308,9 @@ sqcow2_co_invalidate_cache(BlockDriverState *bs, Error **errp)
         sqcow2_reactivate(bs, had_record ? &old : NULL, errp) < 0) {
         return;
     }
-    sqcow2_idle_start(bs, bdrv_get_aio_context(bs));
+    if (!s->idle_timer) {       /* a view that was made anew has started it */
+        sqcow2_idle_start(bs, bdrv_get_aio_context(bs));
+    }
 }
 
 static int GRAPH_RDLOCK sqcow2_inactivate(BlockDriverState *bs)
