@@ -31,7 +31,7 @@ static enum {
 
 void sqcow2_disable_flat(bool all)
 {
-    real_nodes = all ? REAL_ALL : REAL_TOP;
+    real_nodes = MAX(real_nodes, all ? REAL_ALL : REAL_TOP);
 }
 
 static bool must_be_real(BlockDriverState *bs)

@@ -127,6 +127,17 @@ typedef enum Sqcow2Mode {
 
 extern BlockDriver bdrv_sqcow2;
 
+/*
+ * -DSQCOW2_AS_QCOW2, for tests only: this driver takes the place of qcow2's,
+ * under its name, and gives an index to every image that it creates and that
+ * can have one.  Upstream's tests of qcow2 then run on it as they are.
+ */
+#ifdef SQCOW2_AS_QCOW2
+#define SQCOW2_IS_QCOW2 true
+#else
+#define SQCOW2_IS_QCOW2 false
+#endif
+
 typedef struct Sqcow2Cache Sqcow2Cache;
 typedef struct Sqcow2IdleTimer Sqcow2IdleTimer;
 

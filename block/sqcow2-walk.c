@@ -363,7 +363,8 @@ static int parse_layer(Walk *w, Sqcow2Layer *layer, const char *fmt,
     }
     if (!strcmp(fmt, "qcow2") || !strcmp(fmt, "sqcow2") ||
         be32_to_cpu(magic) == QCOW_MAGIC) {
-        ret = parse_qcow2(layer, strcmp(fmt, "qcow2"), hdr, errp);
+        ret = parse_qcow2(layer, SQCOW2_IS_QCOW2 || strcmp(fmt, "qcow2"), hdr,
+                          errp);
         if (ret < 0) {
             return ret;
         }

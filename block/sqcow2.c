@@ -31,9 +31,12 @@ static int sqcow2_probe(const uint8_t *buf, int buf_size, const char *filename)
 {
     const QCowHeader *h = (const QCowHeader *)buf;
 
-    if (buf_size >= sizeof(*h) && be32_to_cpu(h->magic) == QCOW_MAGIC &&
-        be32_to_cpu(h->version) == 3 &&
-        be64_to_cpu(h->incompatible_features) & SQCOW2_INCOMPAT_INDEX) {
+    if (buf_size < sizeof(*h) || be32_to_cpu(h->magic) != QCOW_MAGIC) {
+        return 0;
+    }
+    if (SQCOW2_IS_QCOW2 ||
+        (be32_to_cpu(h->version) == 3 &&
+         be64_to_cpu(h->incompatible_features) & SQCOW2_INCOMPAT_INDEX)) {
         return 101;             /* qcow2 says 100 to everything of its magic */
     }
     return 0;
@@ -327,11 +330,17 @@ static int GRAPH_RDLOCK sqcow2_inactivate(BlockDriverState *bs)
     return ret;
 }
 
+/* In the test build: version 2, and for tests that look for bytes in the file */
+static bool is_to_be_plain(const BDRVQcow2State *q)
+{
+    return SQCOW2_IS_QCOW2 && (q->qcow_version < 3 || getenv("SQCOW2_PLAIN"));
+}
+
 int coroutine_fn sqcow2_index_new_image(BlockDriverState *bs, Error **errp)
 {
     int ret = 0;
 
-    if (bs->drv == &bdrv_sqcow2) {
+    if (bs->drv == &bdrv_sqcow2 && !is_to_be_plain(bs->opaque)) {
         bdrv_graph_co_rdlock();
         ret = sqcow2_index_create(bs, errp);
         bdrv_graph_co_rdunlock();
@@ -352,7 +361,8 @@ sqcow2_co_create(BlockdevCreateOptions *create_options, Error **errp)
     BlockDriverState *bs;
     int bits;
 
-    if (opts->has_version && opts->version != BLOCKDEV_QCOW2_VERSION_V3) {
+    if (!SQCOW2_IS_QCOW2 && opts->has_version &&
+        opts->version != BLOCKDEV_QCOW2_VERSION_V3) {
         error_setg(errp, "An sqcow2 image needs version=v3");
         return -EINVAL;
     }
@@ -380,7 +390,8 @@ sqcow2_co_create_opts(BlockDriver *drv, const char *filename, QemuOpts *opts,
     const char *backing = qemu_opt_get(opts, BLOCK_OPT_BACKING_FILE);
     int bits;
 
-    if (compat && strcmp(compat, "1.1") && strcmp(compat, "v3")) {
+    if (!SQCOW2_IS_QCOW2 && compat && strcmp(compat, "1.1") &&
+        strcmp(compat, "v3")) {
         error_setg(errp, "An sqcow2 image needs compat=1.1");
         return -EINVAL;
     }
@@ -394,6 +405,31 @@ sqcow2_co_create_opts(BlockDriver *drv, const char *filename, QemuOpts *opts,
         }
     }
     return bdrv_qcow2.bdrv_co_create_opts(drv, filename, opts, errp);
+}
+
+static int coroutine_fn GRAPH_UNLOCKED
+(*qcow2_co_create_opts)(BlockDriver *drv, const char *filename, QemuOpts *opts,
+                        Error **errp);
+
+/* Also for block.c, which knows qcow2's driver by its variable */
+static int coroutine_fn GRAPH_UNLOCKED
+create_opts_as_qcow2(BlockDriver *drv, const char *filename, QemuOpts *opts,
+                     Error **errp)
+{
+    return qcow2_co_create_opts(&bdrv_sqcow2, filename, opts, errp);
+}
+
+/* Its info is what tests of qcow2 look at; some need the real graph. */
+static void take_place_of_qcow2(void)
+{
+    bdrv_sqcow2.format_name = bdrv_qcow2.format_name;
+    bdrv_qcow2.format_name = "qcow2-replaced";
+    qcow2_co_create_opts = bdrv_qcow2.bdrv_co_create_opts;
+    bdrv_qcow2.bdrv_co_create_opts = create_opts_as_qcow2;
+    bdrv_sqcow2.bdrv_get_specific_info = bdrv_qcow2.bdrv_get_specific_info;
+    if (getenv("SQCOW2_REAL_GRAPH")) {
+        sqcow2_disable_flat(true);
+    }
 }
 
 static void bdrv_sqcow2_init(void)
@@ -428,6 +464,9 @@ static void bdrv_sqcow2_init(void)
     bdrv_sqcow2.amend_opts = sqcow2_amend_opts();
     sqcow2_write_init(&bdrv_sqcow2);
 
+    if (SQCOW2_IS_QCOW2) {
+        take_place_of_qcow2();
+    }
     bdrv_register(&bdrv_sqcow2);
 }
 
