@@ -103,8 +103,10 @@ static bool GRAPH_RDLOCK has_job(BlockDriverState *bs)
 /* Can @bs read all that its backing nodes read, and may they go? */
 static bool GRAPH_RDLOCK is_foldable(BlockDriverState *bs)
 {
+    BDRVSqcow2State *s = bs->opaque;
+
     if (bs->drv != &bdrv_sqcow2 || !bs->backing || sqcow2_is_flat(bs) ||
-        !sqcow2_is_indexable(bs) || has_job(bs) ||
+        s->keep_graph || !sqcow2_is_indexable(bs) || has_job(bs) ||
         bs->open_flags & (BDRV_O_COPY_ON_READ | BDRV_O_INACTIVE)) {
         return false;
     }
@@ -326,8 +328,12 @@ static bool GRAPH_RDLOCK is_inner(BlockDriverState *bs)
 static void fold_all(void *opaque)
 {
     BlockDriverState *bs, *next;
-    GPtrArray *found = g_ptr_array_new();
+    GPtrArray *found;
 
+    if (sqcow2_flat_is_disabled()) {
+        return;                 /* qemu-img works on the nodes */
+    }
+    found = g_ptr_array_new();
     bdrv_graph_rdlock_main_loop();
     for (bs = bdrv_next_all_states(NULL); bs; bs = next) {
         next = bdrv_next_all_states(bs);

@@ -146,6 +146,7 @@ typedef struct BDRVSqcow2State {
 
     /* Set at open, changed in the main thread while the node is drained */
     Sqcow2Mode mode;
+    bool keep_graph;            /* not to be folded: an export looks at it */
     uint16_t layer;             /* own index in the running chain */
     BdrvChild *set;             /* the layer set; NULL when not flat */
     Sqcow2Layer *layers;        /* owned by the layer set's node */
@@ -731,6 +732,9 @@ void sqcow2_index_base(BlockDriverState *bs);
 /* As sqcow2_open_graph() and sqcow2_open_graph_to(), but for good */
 int sqcow2_make_real(BlockDriverState *bs, bool all, Error **errp);
 int sqcow2_make_real_to(BlockDriverState *bs, const char *file, Error **errp);
+
+/* Was sqcow2_disable_flat() called? */
+bool sqcow2_flat_is_disabled(void);
 
 /* Attach a layer set; takes the reference over, also on failure. */
 int sqcow2_attach_set(BlockDriverState *bs, BlockDriverState *set_bs,

@@ -67,6 +67,16 @@ int sqcow2_open_graph(BlockDriverState *bs, bool all, Error **errp);
 int sqcow2_open_graph_to(BlockDriverState *bs, const char *file, Error **errp);
 
 /*
+ * nbd/server.c: the same, down to the layer that has the dirty bitmap @name,
+ * for as long as it has one.  It is not an error if there is none.
+ */
+int sqcow2_open_graph_to_bitmap(BlockDriverState *bs, const char *name,
+                                Error **errp);
+
+/* nbd/server.c: the same, of the whole chain and for good */
+int sqcow2_keep_graph(BlockDriverState *bs, Error **errp);
+
+/*
  * The reverse, from the main loop once the operation at hand is over: make
  * nodes flat again where nobody but they themselves uses their backing nodes.
  * What cannot be made flat stays as it is.  Main thread.
