@@ -284,6 +284,12 @@ int sqcow2_amend_options(BlockDriverState *bs, QemuOpts *opts,
     }
     if (sqcow2_has_index_bit(s) && compat && strcmp(compat, "1.1") &&
         strcmp(compat, "v3")) {
+        if (SQCOW2_IS_QCOW2) {
+            ret = index_off(bs, NULL, errp);
+            return ret < 0 ? ret :
+                bdrv_qcow2.bdrv_amend_options(bs, opts, status_cb, cb_opaque,
+                                              force, errp);
+        }
         error_setg(errp, "An sqcow2 image needs compat=1.1; 'qemu-img amend "
                    "-o index=off' makes it a qcow2 image");
         return -ENOTSUP;
