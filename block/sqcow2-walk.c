@@ -638,6 +638,7 @@ static int walk_hop(Walk *w, const char *above, const char *backing,
     ERRP_GUARD();
     Sqcow2Layer layer = { .fd = -1 };
     const char *path;
+    bool opened;
     int ret;
 
     layer.filename = above ?
@@ -652,13 +653,23 @@ static int walk_hop(Walk *w, const char *above, const char *backing,
     } else {
         ret = open_protocol_layer(w, &layer, errp);
     }
+    /* If not, the error is a sentence of its own */
+    opened = layer.fd >= 0 || layer.child || ret == -ENOTSUP || ret == -EMFILE;
     *hdr = (LayerHeader) {};
     if (ret == 0) {
         ret = parse_layer(w, &layer, fmt, hdr, errp);
     }
     if (ret < 0) {
-        error_prepend(errp, "Layer %u below the active image, '%s', ",
-                      w->layers->len + 1, layer.filename);
+        if (opened) {
+            error_prepend(errp, "Layer %u below the active image, '%s', ",
+                          w->layers->len + 1, layer.filename);
+        } else {
+            if (w->layers->len) {
+                error_prepend(errp, "Layer %u below the active image, '%s': ",
+                              w->layers->len + 1, layer.filename);
+            }
+            error_prepend(errp, "Could not open backing file: ");
+        }
         sqcow2_layer_free(&layer);
         return ret;
     }
