@@ -205,6 +205,7 @@ read_indirectly(BlockDriverState *bs, Sqcow2Layer *layer, uint64_t host_offset,
     int fd, ret;
 
     if (layer->child) {
+        BLKDBG_CO_EVENT(layer->child, BLKDBG_READ_AIO);
         return bdrv_co_preadv(layer->child, host_offset, qiov->size, qiov, 0);
     }
     fd = sqcow2_pool_co_get(layer->pooled);
