@@ -160,6 +160,7 @@ typedef struct BDRVSqcow2State {
     /* Changed under q.lock, or in the main thread while drained */
     bool has_record;
     Sqcow2Record record;        /* as in the file */
+    bool record_unsure;         /* a write failed: the file may have another */
     bool changed;               /* S3 is done; fast path reads it unlocked */
 } BDRVSqcow2State;
 

@@ -109,6 +109,8 @@ int sqcow2_record_write(BlockDriverState *bs)
     }
     sqcow2_encode_record(&s->record, buf);
     ret = bdrv_pwrite_sync(bs->file, host_offset, sizeof(buf), buf, 0);
+    /* What failed may have been the flush alone */
+    s->record_unsure = ret < 0;
     if (ret == 0) {
         record_store(bs);
     }
@@ -225,9 +227,11 @@ int coroutine_fn sqcow2_begin_change(BlockDriverState *bs)
 int sqcow2_invalidate_index(BlockDriverState *bs)
 {
     BDRVSqcow2State *s = bs->opaque;
+    uint32_t old_flags = s->record.flags;
     int ret;
 
-    if (!s->has_record || !(s->record.flags & SQCOW2_FLAG_INDEX_VALID)) {
+    if (!s->has_record || (!(old_flags & SQCOW2_FLAG_INDEX_VALID) &&
+                           !s->record_unsure)) {
         return 0;
     }
     s->record.flags &= ~SQCOW2_FLAG_INDEX_VALID;
@@ -235,7 +239,7 @@ int sqcow2_invalidate_index(BlockDriverState *bs)
     ret = s->changed ? sqcow2_record_write(bs)
                      : sqcow2_begin_change_locked(bs);
     if (ret < 0) {
-        s->record.flags |= SQCOW2_FLAG_INDEX_VALID;
+        s->record.flags = old_flags;
     }
     return ret;
 }

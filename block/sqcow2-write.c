@@ -90,14 +90,56 @@ sqcow2_co_pwritev_compressed_part(BlockDriverState *bs, int64_t offset,
                                                    qiov_offset);
 }
 
+/*
+ * What is cut off gets entries 0 while the disk still has its old size, and
+ * that they may not stand for in a table of a valid index (S7): a layer below
+ * may own those clusters.  So the index does not count until the size is on
+ * disk; the tables are complete again then.  When that fails, the next open
+ * makes a new index.
+ */
+static int coroutine_fn GRAPH_RDLOCK
+shrink_indexed(BlockDriverState *bs, int64_t offset, bool exact,
+               PreallocMode prealloc, BdrvRequestFlags flags, Error **errp)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    int ret;
+
+    qemu_co_mutex_lock(&s->q.lock);
+    ret = sqcow2_invalidate_index(bs);
+    qemu_co_mutex_unlock(&s->q.lock);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Could not update the sQcow2 header");
+        return ret;
+    }
+    ret = bdrv_qcow2.bdrv_co_truncate(bs, offset, exact, prealloc, flags,
+                                      errp);
+    if (ret < 0) {
+        return ret;
+    }
+    qemu_co_mutex_lock(&s->q.lock);
+    if (qcow2_flush_caches(bs) == 0) {
+        s->record.flags |= SQCOW2_FLAG_INDEX_VALID;
+        if (sqcow2_record_write(bs) < 0) {
+            s->record.flags &= ~SQCOW2_FLAG_INDEX_VALID;
+        }
+    }
+    qemu_co_mutex_unlock(&s->q.lock);
+    return 0;
+}
+
 static int coroutine_fn GRAPH_RDLOCK
 sqcow2_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
                    PreallocMode prealloc, BdrvRequestFlags flags, Error **errp)
 {
     BDRVSqcow2State *s = bs->opaque;
     int64_t old_size = bs->total_sectors * BDRV_SECTOR_SIZE;
-    int ret = sqcow2_begin_change(bs);
+    int ret;
 
+    if (offset < old_size && s->has_record && s->record.layer &&
+        s->record.flags & SQCOW2_FLAG_INDEX_VALID) {
+        return shrink_indexed(bs, offset, exact, prealloc, flags, errp);
+    }
+    ret = sqcow2_begin_change(bs);
     if (ret < 0) {
         error_setg_errno(errp, -ret, "Could not update the sQcow2 header");
         return ret;
@@ -168,14 +210,27 @@ static int GRAPH_RDLOCK sqcow2_snapshot_delete(BlockDriverState *bs,
 /*
  * Another backing file: the index is for the old one.  A file without a
  * valid index is right with any.
+ *
+ * The new link stands for data that a job or a rebase has just copied, into
+ * this file or into the one that is linked now; what names the data there may
+ * still be in a cache.  Both go to disk first, or a cut would leave the link
+ * without the data.
  */
 static int coroutine_fn GRAPH_RDLOCK
 sqcow2_co_change_backing_file(BlockDriverState *bs, const char *backing_file,
                               const char *backing_fmt)
 {
     BDRVSqcow2State *s = bs->opaque;
-    int ret;
+    BlockDriverState *below = bs->backing ? bs->backing->bs : NULL;
+    int ret = bdrv_co_flush(bs);
 
+    /* Node by node: a flush stops at a node that nobody may write any more */
+    for (; ret == 0 && below; below = bdrv_primary_bs(below)) {
+        ret = bdrv_co_flush(below);
+    }
+    if (ret < 0) {
+        return ret;
+    }
     /* qcow2's code writes the header, with the record as it is in memory */
     qemu_co_mutex_lock(&s->q.lock);
     ret = sqcow2_invalidate_index(bs);
