@@ -111,8 +111,9 @@ class Judge:
             if now == sectors(after, number) or (not whole and now == sectors(before, number)):
                 continue
             pos = number * SECTOR
-            if not whole and any(now == bytes([write.pattern]) * SECTOR for write in writes
-                                 if write.offset <= pos < write.offset + write.length):
+            if not whole and any(
+                    write.pattern is None or now == bytes([write.pattern]) * SECTOR
+                    for write in writes if write.offset <= pos < write.offset + write.length):
                 continue
             # What is being cut off shows the layers below for a while, as with qcow2
             if not whole and name in self.before and len(after) <= pos:

@@ -36,7 +36,7 @@ class Write:
     name: str
     offset: int
     length: int
-    pattern: int
+    pattern: Optional[int]  # None: anything
 
 
 @dataclasses.dataclass
