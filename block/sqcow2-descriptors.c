@@ -152,7 +152,7 @@ int sqcow2_open_descriptor(const char *path, Error **errp)
     if (fd < 0) {
         int err = errno;
 
-        error_setg_file_open(errp, err, path);
+        error_setg_errno(errp, err, "cannot be opened");
         return -err;
     }
     return fd;

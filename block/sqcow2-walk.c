@@ -92,6 +92,7 @@ static void start_pool(Walk *w)
 
 static int open_local_layer(Walk *w, Sqcow2Layer *layer, Error **errp)
 {
+    ERRP_GUARD();
     const char *path = layer->filename;
     struct stat st;
     off_t size;
@@ -106,6 +107,10 @@ static int open_local_layer(Walk *w, Sqcow2Layer *layer, Error **errp)
     fd = w->pool ? sqcow2_pool_open(w->pool, path, errp)
                  : sqcow2_open_descriptor(path, errp);
     if (fd < 0) {
+        if (fd != -EMFILE) {    /* the words that tools look for */
+            error_free_or_abort(errp);
+            error_setg_file_open(errp, -fd, path);
+        }
         return fd;
     }
     layer->fd = fd;
