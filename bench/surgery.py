@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Figures of operations on a long chain: commit and stream of a layer near its top.
 
-qcow2 does the same on a chain of ten layers whose upper layers hold the same data.
+qcow2 does the same on a chain of ten layers: once on one whose upper layers hold the same data, so
+that as much is moved, and once on one that spreads the same disk over its ten layers.
 """
 
 from __future__ import annotations
@@ -101,9 +102,19 @@ def surgery(tools: Tools, work: Path, chain: Chain, size: int, rounds: int,
             say: Callable[[str], None]) -> Iterator[Figure]:
     """Time and memory of each operation, long chain : short qcow2 chain."""
     content = RandomContent(size, min(size // 65536, 16384))
-    say(f'building: qcow2, {SHORT_CHAIN} layers, the same data')
-    short = build(tools, work / f'qcow2-{SHORT_CHAIN}-of-{chain.layers}', 'qcow2', content,
-                  shortened(plan(content, chain.layers), SHORT_CHAIN))
+    layers = plan(content, chain.layers)
+    for key, what, short_layers in (
+            ('', 'as much moved', shortened(layers, SHORT_CHAIN)),
+            ('disk-', 'the same disk', plan(content, SHORT_CHAIN))):
+        say(f'building: qcow2, {SHORT_CHAIN} layers, {what}')
+        short = build(tools, work / f'qcow2-{SHORT_CHAIN}-{key}of-{chain.layers}', 'qcow2', content,
+                      short_layers)
+        yield from compared(tools, chain, short, key, what, rounds)
+
+
+def compared(tools: Tools, chain: Chain, short: Chain, prefix: str, condition: str, rounds: int
+             ) -> Iterator[Figure]:
+    """The figures of each operation, long chain : short chain."""
     names = f'{chain.fmt} {chain.layers}', f'qcow2 {SHORT_CHAIN}'
     kinds: list[tuple[str, str, Callable[[Chain], Cost]]] = [
         ('commit', 'block-commit of one layer', lambda c: live(tools, c, 'block-commit')),
@@ -120,5 +131,6 @@ def surgery(tools: Tools, work: Path, chain: Chain, size: int, rounds: int,
         interleave(rounds, lambda: sample(ours, chain), lambda: sample(theirs, short))
         for what, unit in (('time', 'milliseconds'), ('memory', 'mebibytes')):
             parts = [[getattr(cost, unit) for cost in costs] for costs in (ours, theirs)]
-            yield Figure(f'{key}-{what}', f'{title}, {what}, {names[0]} : {names[1]}', 'ratio',
+            yield Figure(f'{prefix}{key}-{what}',
+                         f'{title}, {condition}, {what}, {names[0]} : {names[1]}', 'ratio',
                          [a / b for a, b in zip(*parts)], Limit(1.2), dict(zip(names, parts)))
