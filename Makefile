@@ -6,6 +6,7 @@
 #   make check             every test; the last line says "N passed, N failed"
 #   make check-iotests     upstream's iotests of qcow2, on qcow2 and on sqcow2 in its place; half
 #                          an hour;  ARGS="..." goes to scripts/upstream-iotests
+#   make check-disabled    that a build with -Dsqcow2=disabled behaves as upstream's
 #   make bench             all measurements;  make bench-quick: a few minutes
 #   make fuzz              random chains against a model;  ARGS="..." goes to tests/fuzz/chain_fuzz.py
 #   make fork-tree DIR=d   the whole patched QEMU, our files copied in, to read as one tree
@@ -38,6 +39,14 @@ build-as-qcow2: prepare-test
 check-iotests: build-as-qcow2
 	@scripts/upstream-iotests $(ARGS)
 
+build-disabled: prepare-test
+	@mkdir -p $@
+	@cd $@ && ../configure --disable-sqcow2
+	@ninja -C $@ qemu-img qemu-io qemu-nbd storage-daemon/qemu-storage-daemon qemu-system-x86_64
+
+check-disabled: build-disabled
+	@scripts/check disabled
+
 bench: prepare-bench
 	@bench/run
 
@@ -54,5 +63,5 @@ fork-tree:
 	@scripts/upstream overlay "$(DIR)" copy
 	@echo "$(DIR): QEMU with the patch queue applied and our files copied in"
 
-.PHONY: all build build-as-qcow2 demo check check-iotests bench bench-quick fuzz fork-tree
+.PHONY: all build build-as-qcow2 build-disabled demo check check-iotests check-disabled bench bench-quick fuzz fork-tree
 .NOTPARALLEL:

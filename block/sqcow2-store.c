@@ -58,10 +58,11 @@ static int GRAPH_RDLOCK write_table(BlockDriverState *bs, const void *buf,
 
 static bool show_progress;      /* set once, by qemu-img, at start */
 
-void sqcow2_show_progress(void)
+bool sqcow2_show_progress(void)
 {
     show_progress = true;
     qemu_progress_init(true, 1.f);
+    return true;
 }
 
 static void progress(uint32_t done, uint32_t all)

@@ -14,7 +14,11 @@
 #define BLOCK_SQCOW2_FORMAT_H
 
 #define SQCOW2_INCOMPAT_BITNR   48
+#ifdef CONFIG_SQCOW2
 #define SQCOW2_INCOMPAT_INDEX   (1ULL << SQCOW2_INCOMPAT_BITNR)
+#else
+#define SQCOW2_INCOMPAT_INDEX   0   /* no image with this bit gets opened */
+#endif
 #define SQCOW2_FEATURE_NAME     "sQcow2 ownership index"
 
 #define SQCOW2_EXT_MAGIC        0x53514f57 /* "SQOW" */

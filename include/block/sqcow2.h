@@ -10,8 +10,18 @@
 #include "block/block-common.h"
 #include "block/graph-lock.h"
 
+#ifndef CONFIG_SQCOW2
+#include "block/sqcow2-disabled.h"
+#else
+
 /* qcow2.c: incompatible features that the node's driver adds to qcow2's */
 uint64_t sqcow2_incompat_mask(BlockDriverState *bs);
+
+/* qcow2.c: may images of @driver, too, be created by qcow2's code? */
+static inline bool sqcow2_is_driver(BlockdevDriver driver)
+{
+    return driver == BLOCKDEV_DRIVER_SQCOW2;
+}
 
 /*
  * block.c: open the layers below @bs without nodes for them.
@@ -34,8 +44,11 @@ bool sqcow2_is_flat(BlockDriverState *bs);
  */
 void sqcow2_disable_flat(bool all);
 
-/* Let qemu-img show the progress of a merge of tables; main thread. */
-void sqcow2_show_progress(void);
+/*
+ * Let qemu-img show the progress of a merge of tables; main thread.  False if
+ * there is no such thing in this build.
+ */
+bool sqcow2_show_progress(void);
 
 /*
  * For qemu-img: after the image that is now @bs has been closed, open it once
@@ -108,5 +121,7 @@ int GRAPH_RDLOCK sqcow2_init_l2_slice(BlockDriverState *bs, int l1_index,
 int coroutine_fn GRAPH_RDLOCK
 sqcow2_count_refcounts(BlockDriverState *bs, BdrvCheckResult *res,
                        void **refcount_table, int64_t *nb_clusters);
+
+#endif /* CONFIG_SQCOW2 */
 
 #endif /* BLOCK_SQCOW2_H */
