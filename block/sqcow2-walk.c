@@ -188,22 +188,29 @@ static int open_protocol_layer(Walk *w, Sqcow2Layer *layer, Error **errp)
     return 0;
 }
 
-/* Read extensions in @buf from @pos to @end into @hdr. */
+/*
+ * Read extensions in @buf from @pos to @end into @hdr.  The last one may stand
+ * at the end of the room for them instead of "no more".
+ */
 static int parse_extensions(const uint8_t *buf, uint64_t pos, uint64_t end,
                             LayerHeader *hdr, Error **errp)
 {
-    while (pos + 8 <= end) {
-        uint32_t magic = ldl_be_p(buf + pos);
-        uint32_t len = ldl_be_p(buf + pos + 4);
+    while (pos < end) {
+        uint32_t magic, len;
 
+        if (end - pos < 8 || ldl_be_p(buf + pos + 4) > end - pos - 8) {
+            goto damaged;
+        }
+        magic = ldl_be_p(buf + pos);
+        len = ldl_be_p(buf + pos + 4);
         pos += 8;
         if (magic == EXT_END) {
-            return 0;
-        }
-        if (len > end - pos) {
             break;
         }
-        if (magic == EXT_BACKING_FORMAT && len < sizeof(hdr->backing_fmt)) {
+        if (magic == EXT_BACKING_FORMAT) {
+            if (len >= sizeof(hdr->backing_fmt)) {
+                goto damaged;
+            }
             memcpy(hdr->backing_fmt, buf + pos, len);
             hdr->backing_fmt[len] = '\0';
         } else if (magic == SQCOW2_EXT_MAGIC && !hdr->has_record) {
@@ -214,6 +221,9 @@ static int parse_extensions(const uint8_t *buf, uint64_t pos, uint64_t end,
         }
         pos += ROUND_UP((uint64_t)len, 8);
     }
+    return 0;
+
+damaged:
     error_setg(errp, "has a damaged header extension");
     return -EINVAL;
 }
