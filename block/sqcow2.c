@@ -407,7 +407,7 @@ sqcow2_co_create_opts(BlockDriver *drv, const char *filename, QemuOpts *opts,
     return bdrv_qcow2.bdrv_co_create_opts(drv, filename, opts, errp);
 }
 
-static int coroutine_fn GRAPH_UNLOCKED
+static int coroutine_fn GRAPH_UNLOCKED_PTR
 (*qcow2_co_create_opts)(BlockDriver *drv, const char *filename, QemuOpts *opts,
                         Error **errp);
 
