@@ -410,6 +410,7 @@ static int chain_was_changed(BlockDriverState *bs, Error **errp)
 {
     error_setg(errp, "The backing chain of '%s' was changed by another "
                "process; open it again", bs->filename);
+    sqcow2_before_unusable(bs);
     bs->drv = NULL;             /* as qcow2 when it cannot read its header */
     return -EINVAL;
 }
@@ -457,6 +458,7 @@ int sqcow2_reactivate(BlockDriverState *bs, const Sqcow2Record *old,
     ret = make_view(bs, errp);
     qemu_co_mutex_unlock(&s->q.lock);
     if (ret < 0) {
+        sqcow2_before_unusable(bs);
         bs->drv = NULL;
         return ret;
     }

@@ -11,6 +11,10 @@
  * runs in another one.  So it is an object of its own, with a lock: a callback
  * touches the node only under this lock and while the timer is not stopped.
  * A stopped one frees itself in its context, where no callback runs then.
+ *
+ * A node whose image is too corrupt, or not ours any more, loses its driver,
+ * and close is never called: what it has leaks, as with qcow2.  But no timer
+ * may outlive it.
  */
 #include "qemu/osdep.h"
 #include "qemu/coroutine.h"
@@ -114,4 +118,24 @@ void sqcow2_idle_start(BlockDriverState *bs, AioContext *context)
     aio_timer_init(context, &t->timer, QEMU_CLOCK_REALTIME, SCALE_MS, timer_cb,
                    t);
     arm(t);
+}
+
+static void stop_timers(void *opaque)
+{
+    BlockDriverState *bs = opaque;
+
+    if (bs->opaque) {           /* else open has failed, and stopped them */
+        sqcow2_idle_stop(bs);
+        bdrv_qcow2.bdrv_detach_aio_context(bs);
+    }
+    bdrv_dec_in_flight(bs);
+}
+
+void sqcow2_before_unusable(BlockDriverState *bs)
+{
+    if (bs->drv == &bdrv_sqcow2) {
+        /* Where qcow2's callback runs; whoever frees the node drains first */
+        bdrv_inc_in_flight(bs);
+        aio_bh_schedule_oneshot(bdrv_get_aio_context(bs), stop_timers, bs);
+    }
 }

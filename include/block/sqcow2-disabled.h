@@ -98,4 +98,8 @@ sqcow2_count_refcounts(BlockDriverState *bs, BdrvCheckResult *res,
     return 0;
 }
 
+static inline void sqcow2_before_unusable(BlockDriverState *bs)
+{
+}
+
 #endif /* BLOCK_SQCOW2_DISABLED_H */

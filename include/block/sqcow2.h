@@ -122,6 +122,12 @@ int coroutine_fn GRAPH_RDLOCK
 sqcow2_count_refcounts(BlockDriverState *bs, BdrvCheckResult *res,
                        void **refcount_table, int64_t *nb_clusters);
 
+/*
+ * qcow2.c: @bs loses its driver next, and will not be closed.  Any thread,
+ * with a request in flight or in open.
+ */
+void sqcow2_before_unusable(BlockDriverState *bs);
+
 #endif /* CONFIG_SQCOW2 */
 
 #endif /* BLOCK_SQCOW2_H */
