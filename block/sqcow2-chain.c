@@ -335,6 +335,55 @@ static int check_room(BlockDriverState *bs, Error **errp)
     return sqcow2_have_descriptors(s->record.layer, errp) ? 0 : -EMFILE;
 }
 
+static BlockDriverState *next_above(BlockDriverState *bs)
+{
+    do {
+        bs = bs->inherits_from;
+    } while (bs && bs->drv != &bdrv_sqcow2);
+    return bs;
+}
+
+/*
+ * Is @bs opened for a node that is, further up, itself opened for an image of
+ * this name?  Following the links finds each loop, but it ends at links that
+ * only the block layer can follow, as "json:" names: there the block layer
+ * would go round until there are no more descriptors, and their limit is
+ * raised.
+ *
+ * Comparing with one node is enough, if it changes at depth 1, 2, 4, 8...: it
+ * gets into the loop, and then stays for a whole round.  In a loop names come
+ * again, or get longer until they do not fit.
+ */
+static bool GRAPH_RDLOCK is_in_loop(BlockDriverState *bs)
+{
+    BlockDriverState *other = bs;
+    uint32_t depth = 0;
+
+    for (BlockDriverState *p = next_above(bs); p; p = next_above(p)) {
+        depth++;
+    }
+    if (!depth) {
+        return false;
+    }
+    for (uint32_t i = depth - (pow2floor(depth) - 1); i > 0; i--) {
+        other = next_above(other);
+    }
+    return bs->file && other->file && *bs->file->bs->filename &&
+           !strcmp(bs->file->bs->filename, other->file->bs->filename);
+}
+
+static int check_loop(BlockDriverState *bs, Error **errp)
+{
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
+    if (!is_in_loop(bs)) {
+        return 0;
+    }
+    error_setg(errp, "'%s' stands in the backing chain twice; break the loop "
+               "with 'qemu-img rebase -u'", bs->file->bs->filename);
+    return -ELOOP;
+}
+
 int sqcow2_open_flat(BlockDriverState *bs, QDict *options, Error **errp)
 {
     BDRVSqcow2State *s = bs->opaque;
@@ -343,10 +392,14 @@ int sqcow2_open_flat(BlockDriverState *bs, QDict *options, Error **errp)
     Error *local_err = NULL;
     int ret;
 
-    if (bs->drv != &bdrv_sqcow2 || !sqcow2_is_indexable(bs) ||
+    if (bs->drv != &bdrv_sqcow2) {
+        return 0;
+    }
+    ret = check_loop(bs, errp);
+    if (ret < 0 || !sqcow2_is_indexable(bs) ||
         bs->open_flags & BDRV_O_COPY_ON_READ ||
         sqcow2_has_backing_options(options)) {
-        return 0;
+        return ret;
     }
     if (must_be_real(bs)) {
         return check_room(bs, errp);
