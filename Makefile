@@ -4,11 +4,16 @@
 #
 #   make demo              what sqcow2 does, seen on a running system
 #   make check             every test; the last line says "N passed, N failed"
+#   make check SANITIZE=address,undefined
+#                          unit tests, iotests and power cuts on a build with sanitizers, in
+#                          build-sanitize; each of their findings is a failure
 #   make check-iotests     upstream's iotests of qcow2, on qcow2 and on sqcow2 in its place; half
 #                          an hour;  ARGS="..." goes to scripts/upstream-iotests
 #   make check-disabled    that a build with -Dsqcow2=disabled behaves as upstream's
 #   make bench             all measurements;  make bench-quick: a few minutes
 #   make fuzz              random chains against a model;  ARGS="..." goes to tests/fuzz/chain_fuzz.py
+#   make fuzz-hostile      damaged images and tables, guided by coverage, with clang and its
+#                          sanitizers, in build-fuzz;  ARGS="..." goes to tests/fuzz/hostile
 #   make fork-tree DIR=d   the whole patched QEMU, our files copied in, to read as one tree
 #
 # To build by hand: ./configure && ninja -C build
@@ -28,8 +33,25 @@ prepare-%: deps-%
 demo: prepare-test
 	@tests/demo/run
 
+ifeq ($(SANITIZE),)
 check: prepare-test
 	@scripts/check
+else
+check: build-sanitize
+	@BUILD=build-sanitize scripts/check
+endif
+
+comma := ,
+sanitizers := $(subst $(comma), ,$(SANITIZE))
+
+build-sanitize: prepare-test
+	$(if $(filter-out address undefined,$(sanitizers)),$(error SANITIZE: address, undefined or both))
+	@mkdir -p $@
+	@cd $@ && ../configure $(if $(filter address,$(sanitizers)),--enable-asan) \
+	    $(if $(filter undefined,$(sanitizers)),--enable-ubsan)
+	@ninja -C $@ qemu-img qemu-io qemu-nbd storage-daemon/qemu-storage-daemon qemu-system-x86_64 \
+	    $(patsubst tests/unit/%.c,sqemu/%,$(wildcard tests/unit/test-sqcow2-*.c)) \
+	    sqemu/replay-hostile-images sqemu/replay-hostile-tables
 
 build-as-qcow2: prepare-test
 	@mkdir -p $@
@@ -56,6 +78,14 @@ bench-quick: prepare-bench
 fuzz: prepare-test
 	@tests/fuzz/chain_fuzz.py --build build $(ARGS)
 
+build-fuzz: deps-test
+	@mkdir -p $@
+	@cd $@ && ../tests/fuzz/hostile --configure
+	@ninja -C $@ sqemu/fuzz-hostile-images sqemu/fuzz-hostile-tables
+
+fuzz-hostile: build-fuzz
+	@tests/fuzz/hostile --build build-fuzz $(ARGS)
+
 fork-tree:
 	@test -n "$(DIR)" || { echo 'make fork-tree DIR=folder (which must not exist)' >&2; exit 2; }
 	@COMPLETE=1 scripts/upstream unpack "$(DIR)"
@@ -63,5 +93,6 @@ fork-tree:
 	@scripts/upstream overlay "$(DIR)" copy
 	@echo "$(DIR): QEMU with the patch queue applied and our files copied in"
 
-.PHONY: all build build-as-qcow2 build-disabled demo check check-iotests check-disabled bench bench-quick fuzz fork-tree
+.PHONY: all build build-as-qcow2 build-disabled build-fuzz build-sanitize demo check check-disabled \
+        check-iotests bench bench-quick fuzz fuzz-hostile fork-tree
 .NOTPARALLEL:

@@ -1,0 +1,29 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * What libFuzzer calls, and what the linker puts in place of functions of
+ * QEMU's (--wrap)
+ */
+#ifndef HOSTILE_FUZZER_H
+#define HOSTILE_FUZZER_H
+
+#include "block/thread-pool.h"
+#include "../../block/qcow2.h"
+
+int LLVMFuzzerInitialize(int *argc, char ***argv);
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+
+void __real_qcow2_signal_corruption(BlockDriverState *bs, bool fatal,
+                                    int64_t offset, int64_t size,
+                                    const char *message_format, ...)
+    G_GNUC_PRINTF(5, 6);
+void __wrap_qcow2_signal_corruption(BlockDriverState *bs, bool fatal,
+                                    int64_t offset, int64_t size,
+                                    const char *message_format, ...)
+    G_GNUC_PRINTF(5, 6);
+int __real_qcow2_cache_get(BlockDriverState *bs, Qcow2Cache *c,
+                           uint64_t offset, void **table);
+int __wrap_qcow2_cache_get(BlockDriverState *bs, Qcow2Cache *c,
+                           uint64_t offset, void **table);
+int coroutine_fn __wrap_thread_pool_submit_co(ThreadPoolFunc *func, void *arg);
+
+#endif /* HOSTILE_FUZZER_H */

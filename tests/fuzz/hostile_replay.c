@@ -1,0 +1,76 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * Run the fuzzers' corpus, without a fuzzer
+ *
+ *   replay FILE    one input on each line, in hex; lines with # are comments
+ *
+ * A line is shown before it is run, so that the last one is that which failed.
+ */
+#include "qemu/osdep.h"
+#include "hostile_fuzzer.h"
+
+static char *make_folder(void)
+{
+    const char *parent = access("/dev/shm", W_OK) ? g_get_tmp_dir()
+                                                  : "/dev/shm";
+    char *folder = g_build_filename(parent, "sqcow2-hostile-XXXXXX", NULL);
+
+    g_assert(g_mkdtemp(folder));
+    g_setenv("SQCOW2_FUZZ_DIR", folder, true);
+    return folder;
+}
+
+static void remove_folder(char *folder)
+{
+    g_autoptr(GDir) dir = g_dir_open(folder, 0, NULL);
+    const char *name;
+
+    while ((name = g_dir_read_name(dir))) {
+        g_autofree char *path = g_build_filename(folder, name, NULL);
+
+        unlink(path);
+    }
+    rmdir(folder);
+    g_free(folder);
+}
+
+static void run_line(const char *line)
+{
+    size_t size = strlen(line) / 2;
+    g_autofree uint8_t *data = g_malloc(size + 1);
+
+    for (size_t i = 0; i < size; i++) {
+        g_assert(g_ascii_isxdigit(line[2 * i]) &&
+                 g_ascii_isxdigit(line[2 * i + 1]));
+        data[i] = g_ascii_xdigit_value(line[2 * i]) << 4 |
+                  g_ascii_xdigit_value(line[2 * i + 1]);
+    }
+    LLVMFuzzerTestOneInput(data, size);
+}
+
+int main(int argc, char **argv)
+{
+    g_autofree char *text = NULL;
+    g_auto(GStrv) lines = NULL;
+    char *folder;
+    int nb = 0;
+
+    if (argc != 2 || !g_file_get_contents(argv[1], &text, NULL, NULL)) {
+        fprintf(stderr, "usage: %s FILE\n", argv[0]);
+        return 1;
+    }
+    lines = g_strsplit(text, "\n", -1);
+    folder = make_folder();
+    LLVMFuzzerInitialize(&argc, &argv);
+    for (int i = 0; lines[i]; i++) {
+        if (*lines[i] && *lines[i] != '#') {
+            printf("line %d\n", i + 1);
+            fflush(stdout);
+            run_line(lines[i]);
+            nb++;
+        }
+    }
+    remove_folder(folder);
+    printf("%d inputs\n", nb);
+    return nb ? 0 : 1;
+}
