@@ -12,6 +12,10 @@
 int LLVMFuzzerInitialize(int *argc, char ***argv);
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
+/* What sanitizers ask for */
+const char *__lsan_default_suppressions(void);
+const char *__asan_default_options(void);
+
 void __real_qcow2_signal_corruption(BlockDriverState *bs, bool fatal,
                                     int64_t offset, int64_t size,
                                     const char *message_format, ...)
