@@ -271,7 +271,7 @@ Sqcow2LayerKind sqcow2_peek_kind(const char *filename);
 /* sqcow2-descriptors.c */
 
 /* A file system's clock may tick as slowly as this; if coarse, this */
-#define SQCOW2_TICK_NS (50 * SCALE_MS)
+#define SQCOW2_TICK_NS (50LL * SCALE_MS)
 #define SQCOW2_COARSE_TICK_NS (2 * NANOSECONDS_PER_SECOND)
 
 /* There is room for so many descriptors from the start. */

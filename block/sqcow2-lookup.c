@@ -88,7 +88,7 @@ static int GRAPH_RDLOCK load_merged(BlockDriverState *bs, uint64_t l1_index,
     /* Past the addresses of all files */
     uint64_t key = ((uint64_t)SQCOW2_MAX_LAYERS << SQCOW2_HOST_BITS) +
                    (l1_index << s->q.cluster_bits) +
-                   slice * nb_entries * sizeof(uint64_t);
+                   (uint64_t)slice * nb_entries * sizeof(uint64_t);
     uint64_t *buf = sqcow2_cache_find(s->cache, key);
     Error *local_err = NULL;
     int ret;
@@ -363,7 +363,8 @@ static int GRAPH_RDLOCK load_own(BlockDriverState *bs, uint64_t l1_index,
                        "0x%" PRIx64 ")", l2_offset, l1_index);
     }
     return qcow2_cache_get(bs, s->q.l2_table_cache, l2_offset +
-                           slice * s->q.l2_slice_size * sizeof(uint64_t),
+                           (uint64_t)slice * s->q.l2_slice_size *
+                           sizeof(uint64_t),
                            (void **)own_slice);
 }
 

@@ -319,7 +319,7 @@ static int GRAPH_RDLOCK complete_table(BlockDriverState *bs,
         return 0;               /* S10: VM state */
     }
     for (unsigned slice = 0; slice < s->q.l2_size / slice_entries; slice++) {
-        uint64_t *own = table->entries + slice * slice_entries;
+        uint64_t *own = table->entries + (size_t)slice * slice_entries;
         int ret;
 
         memset(inherited, 0, slice_entries * sizeof(uint64_t));

@@ -73,7 +73,7 @@ typedef struct Sqcow2Record {
 } Sqcow2Record;
 
 /* One entry of the layer table: 32 bytes on disk. */
-#define SQCOW2_DESC_SIZE       32
+#define SQCOW2_DESC_SIZE       ((size_t)32)
 
 typedef struct Sqcow2LayerDesc {
     Sqcow2LayerKind kind;       /* not NONE */
@@ -84,7 +84,7 @@ typedef struct Sqcow2LayerDesc {
 } Sqcow2LayerDesc;
 
 /* An entry of the root table: 8 bytes on disk. */
-#define SQCOW2_ROOT_SIZE        8
+#define SQCOW2_ROOT_SIZE       ((size_t)8)
 
 typedef enum Sqcow2RootKind {
     SQCOW2_ROOT_ABSENT   = 0,   /* no layer below owns anything here */
