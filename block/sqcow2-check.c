@@ -59,6 +59,21 @@ static void G_GNUC_PRINTF(2, 3) finding(IndexCheck *c, const char *fmt, ...)
 }
 
 /*
+ * The index cannot be used: it breaks a rule (-EINVAL), which is a finding,
+ * or could not be read, which is no reason to repair it.  Takes @err over.
+ */
+static void unusable(IndexCheck *c, int ret, const char *where, Error *err)
+{
+    if (ret == -EINVAL) {
+        finding(c, "%s%s (S4)", where, error_get_pretty(err));
+    } else {
+        fprintf(stderr, "ERROR %s%s\n", where, error_get_pretty(err));
+        c->check_errors++;
+    }
+    error_free(err);
+}
+
+/*
  * Take the record as it is in memory.  Returns 0, -ENOENT if there is none,
  * or -EINVAL with @errp set if it does not count.
  */
@@ -228,9 +243,9 @@ static void coroutine_fn GRAPH_RDLOCK check_record(IndexCheck *c)
     if (c->findings) {
         return;
     }
-    if (sqcow2_view_load(c->bs, &c->rec, &c->index, &local_err) < 0) {
-        finding(c, "%s (S4)", error_get_pretty(local_err));
-        error_free(local_err);
+    ret = sqcow2_view_load(c->bs, &c->rec, &c->index, &local_err);
+    if (ret < 0) {
+        unusable(c, ret, "", local_err);
         return;
     }
     c->comparable = true;
@@ -404,7 +419,7 @@ static void GRAPH_RDLOCK compare_root(IndexCheck *c)
     Error *local_err = NULL;
 
     for (uint64_t i = 0; i < MAX(c->index.entries, c->truth.entries); i++) {
-        int wrong = 0, first = 0;
+        int wrong = 0, first = 0, ret;
 
         if (i < MIN(c->index.entries, c->truth.entries) &&
             c->index.root[i] == c->truth.root[i]) {
@@ -414,11 +429,12 @@ static void GRAPH_RDLOCK compare_root(IndexCheck *c)
             give_up_comparison(c, local_err);
             return;
         }
-        if (expand(c->bs, &c->index, i, table, have, &local_err) < 0) {
-            finding(c, "sQcow2 root table entry %" PRIu64 ": %s (S4)", i,
-                    error_get_pretty(local_err));
-            error_free(local_err);
-            local_err = NULL;
+        ret = expand(c->bs, &c->index, i, table, have, &local_err);
+        if (ret < 0) {
+            g_autofree char *where =
+                g_strdup_printf("sQcow2 root table entry %" PRIu64 ": ", i);
+
+            unusable(c, ret, where, g_steal_pointer(&local_err));
             continue;
         }
         for (int j = s->q.l2_size - 1; j >= 0; j--) {

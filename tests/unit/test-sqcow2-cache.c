@@ -194,7 +194,7 @@ static void test_random(void **state)
     uint32_t seed = env ? atoi(env) : DEFAULT_SEED;
     GRand *rand = g_rand_new_with_seed(seed);
 
-    print_message("seed %u\n", seed);
+    print_message("# seed %u\n", seed);
     for (int run = 0; run < 200; run++) {
         uint32_t slots = g_rand_int_range(rand, 0, 200);
         uint32_t keys = g_rand_int_range(rand, 1, 400);

@@ -354,7 +354,15 @@ static void test_limit(void **state)
         spare[i] = open("/dev/null", O_RDONLY);
         limit.rlim_cur = limit.rlim_max = spare[i] + 1;
     }
-    assert_int_equal(setrlimit(RLIMIT_NOFILE, &limit), 0);
+    if (setrlimit(RLIMIT_NOFILE, &limit) < 0) {
+        /* Only valgrind lets nobody lower the hard limit */
+        assert_int_equal(errno, EPERM);
+        for (int i = 0; i < ARRAY_SIZE(spare); i++) {
+            close(spare[i]);
+        }
+        printf("# the limit was not tested\n");
+        return;
+    }
     assert_int_equal(open("/dev/null", O_RDONLY), -1);
     for (int i = 1; i < 2 * FILES; i++) {
         if (i != FILES) {
