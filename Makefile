@@ -10,6 +10,7 @@
 #   make check-iotests     upstream's iotests of qcow2, on qcow2 and on sqcow2 in its place; half
 #                          an hour;  ARGS="..." goes to scripts/upstream-iotests
 #   make check-disabled    that a build with -Dsqcow2=disabled behaves as upstream's
+#   make coverage          which lines of our files the tests run; half an hour
 #   make bench             all measurements;  make bench-quick: a few minutes
 #   make fuzz              random chains against a model;  ARGS="..." goes to tests/fuzz/chain_fuzz.py
 #   make fuzz-hostile      damaged images and tables, guided by coverage, with clang and its
@@ -69,6 +70,16 @@ build-disabled: prepare-test
 check-disabled: build-disabled
 	@scripts/check disabled
 
+build-coverage: prepare-test
+	@mkdir -p $@
+	@cd $@ && ../configure --cc=$(CURDIR)/scripts/coverage-cc
+	@ninja -C $@
+
+coverage: build-coverage
+	@scripts/coverage clear
+	@scripts/coverage run
+	@scripts/coverage table
+
 bench: prepare-bench
 	@bench/run
 
@@ -93,6 +104,6 @@ fork-tree:
 	@scripts/upstream overlay "$(DIR)" copy
 	@echo "$(DIR): QEMU with the patch queue applied and our files copied in"
 
-.PHONY: all build build-as-qcow2 build-disabled build-fuzz build-sanitize demo check check-disabled \
-        check-iotests bench bench-quick fuzz fuzz-hostile fork-tree
+.PHONY: all build build-as-qcow2 build-coverage build-disabled build-fuzz build-sanitize demo check \
+        check-disabled check-iotests coverage bench bench-quick fuzz fuzz-hostile fork-tree
 .NOTPARALLEL:
