@@ -7,6 +7,7 @@ Where there is a choice - which entry, which wrong value - a random number
 generator makes it.  Each Damage is to be done to a fresh copy of that image.
 """
 
+import functools
 import os
 import random
 import struct
@@ -82,9 +83,10 @@ class Generator:
     # The record
 
     @staticmethod
-    def field(what: str, seen: str = 'corruption', **fields: Any) -> Damage:
+    def field(what: str, seen: str = 'corruption', /, **fields: Any
+              ) -> Damage:
         return Damage(f'record: {what}',
-                      lambda path: patch_record(path, **fields), seen)
+                      functools.partial(patch_record, **fields), seen)
 
     def record(self) -> Iterator[Damage]:
         rec = self.rec
@@ -127,8 +129,8 @@ class Generator:
         if self.rec.plain_entries:
             names.append(('plain', self.rec.plain_entries,
                           self.rec.plain_offset))
-        l2_table = next(e & OFFSET_MASK for e in self.image.l1
-                        if e & OFFSET_MASK)
+        l2_table = [e & OFFSET_MASK for e in self.image.l1
+                    if e & OFFSET_MASK][0]
         for name, entries, offset in names:
             for what, value in (('0', 0), ('unaligned', offset + 8),
                                 ('behind the end', BEHIND_EOF),
@@ -208,8 +210,8 @@ class Generator:
         def change(what: str, seen: str, k: int, fix_crc: bool = True,
                    **fields: Any) -> Damage:
             kind, _, size, mtime, crc, _ = PLAIN.unpack(self.image.plain[k])
-            values = dict(kind=kind, zero1=bytes(7), size=size, mtime=mtime,
-                          crc=crc, zero2=bytes(4))
+            values = {'kind': kind, 'zero1': bytes(7), 'size': size,
+                      'mtime': mtime, 'crc': crc, 'zero2': bytes(4)}
             values.update(fields)
             data = PLAIN.pack(*values.values())
             return Damage(f'layer table: {what}',

@@ -182,9 +182,10 @@ def encode_root(root: Root, cluster_bits: int) -> int:
 
 def decode_plain(data: bytes) -> Plain:
     kind, zero1, size, mtime_ns, crc, zero2 = PLAIN.unpack(data)
-    if (kind not in (1, 2, 3) or any(zero1 + zero2) or kind != 2 and crc
-            or kind != 3 and (size | mtime_ns) >> 63):
-        raise FormatError('layer-table entry')
+    if kind not in (1, 2, 3) or any(zero1 + zero2):
+        raise FormatError('layer-table entry: kind or reserved bytes')
+    if kind != 2 and crc or kind != 3 and (size | mtime_ns) >> 63:
+        raise FormatError('layer-table entry: a value that its kind forbids')
     if kind == 3:
         return Plain('sqcow2', 0, 0, 0, data[8:24])
     return Plain(BELOW_KINDS[kind], size, mtime_ns, crc, b'')

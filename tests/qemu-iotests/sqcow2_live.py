@@ -102,7 +102,8 @@ class LiveTest(TestCase):
         self.vm.launch()
         return self.vm
 
-    def start(self, disk: Disk, options: str = '', *args: str) -> Guest:
+    def start(self, disk: Disk, options: str = '',
+              args: Sequence[str] = ()) -> Guest:
         """Run the image as drive "d0"."""
         self.launch(*self.drive('d0', disk, options), *args)
         return self.guest('d0', disk.data)
@@ -117,6 +118,12 @@ class LiveTest(TestCase):
         self.guests[name] = Guest(self.vm, name, data, self.rng)
         return self.guests[name]
 
+    def pid(self) -> int:
+        assert self.vm
+        pid = self.vm.get_pid()
+        assert pid
+        return pid
+
     def stop(self) -> None:
         """End the machine as its user does."""
         if self.vm:
@@ -128,15 +135,15 @@ class LiveTest(TestCase):
             vm, self.vm = self.vm, None
             vm.shutdown(hard=True)
 
-    def cmd(self, name: str, /, **args: Any) -> Any:
+    def cmd(self, command: str, /, **args: Any) -> Any:
         assert self.vm
-        return self.vm.cmd(name, **args)
+        return self.vm.cmd(command, **args)
 
-    def error(self, name: str, /, **args: Any) -> str:
+    def error(self, command: str, /, **args: Any) -> str:
         """The command fails; return what it says."""
         assert self.vm
-        answer = self.vm.qmp(name, **args)
-        self.assertIn('error', answer, (name, args))
+        answer = self.vm.qmp(command, **args)
+        self.assertIn('error', answer, (command, args))
         return str(answer['error']['desc'])
 
     def hmp(self, line: str) -> str:
@@ -202,10 +209,10 @@ class LiveTest(TestCase):
             if complete:
                 self.cmd('job-complete', id=job)
 
-    def job(self, name: str, /, **args: Any) -> None:
+    def job(self, command: str, /, **args: Any) -> None:
         """Run a job to its end, well; guests write meanwhile."""
         job = args.setdefault('job_id', 'job')
-        self.cmd(name, **args)
+        self.cmd(command, **args)
         for guest in self.guests.values():
             guest.write_some(2)
         event = self.wait_job(job)
@@ -216,6 +223,13 @@ class LiveTest(TestCase):
         for guest in self.guests.values():
             guest.check()
 
+    def check_layers(self, disk: Disk) -> None:
+        """Look at this image and all below it, offline."""
+        layers: Optional[Disk] = disk
+        while layers:
+            self.check(layers)
+            layers = layers.below
+
 
 class JobTest(LiveTest):
     """
@@ -224,6 +238,12 @@ class JobTest(LiveTest):
 
         base - one - two - top      and branches on base and two
     """
+    fmt: str
+    disks: Dict[str, Disk]
+    base: Disk
+    one: Disk
+    two: Disk
+    top: Disk
 
     def run_both(self, script: Callable[[], None],
                  kinds: Sequence[Sequence[str]] = CHAINS) -> None:
@@ -242,7 +262,7 @@ class JobTest(LiveTest):
         self.tearDown()
         self.setUp()
         self.fmt = formats[-1]
-        self.disks: Dict[str, Disk] = {}
+        self.disks = {}
         self.base = self.keep(Disk.create('base', formats[0], SIZE))
         self.fill(self.base, 10)
         self.one = self.put(self.base, 'one', formats[1])
@@ -285,11 +305,12 @@ class JobTest(LiveTest):
     @staticmethod
     def blockdev(*disks: Disk) -> str:
         """The chain with explicit nodes, named after their files"""
-        options = None
+        options: Optional[Dict[str, Any]] = None
         for disk in reversed(disks):
             name = disk.path.rsplit('/', 1)[1]
-            this = {'driver': disk.fmt, 'node-name': name, 'file': {
-                'driver': 'file', 'filename': disk.path}}
+            this: Dict[str, Any] = {
+                'driver': disk.fmt, 'node-name': name,
+                'file': {'driver': 'file', 'filename': disk.path}}
             if disk is not disks[0]:
                 this['read-only'] = True
             if disk is not disks[-1]:
@@ -332,10 +353,7 @@ class SnapshotTest(LiveTest):
         if self.vm:
             self.stop()
         disk.data = bytearray(guest.data)
-        below = disk
-        while below:
-            self.check(below)
-            below = below.below
+        self.check_layers(disk)
 
     def snapshots(self, disk: Disk, count: int) -> Disk:
         """Writes and snapshots in turn, the graph staying as it is"""

@@ -58,6 +58,12 @@ class Disk:
         return (self.below.chain if self.below else []) + [self.path]
 
     @property
+    def backing(self) -> 'Disk':
+        """The disk below, where there must be one"""
+        assert self.below, self.path
+        return self.below
+
+    @property
     def size(self) -> int:
         return len(self.data)
 
