@@ -161,6 +161,7 @@ typedef struct BDRVSqcow2State {
     bool has_record;
     Sqcow2Record record;        /* as in the file */
     bool record_unsure;         /* a write failed: the file may have another */
+    unsigned nb_resizing;       /* resizes in flight */
     bool changed;               /* S3 is done; fast path reads it unlocked */
 } BDRVSqcow2State;
 
@@ -640,9 +641,10 @@ int sqcow2_view_build(BlockDriverState *bs, const Sqcow2Record *record,
  * Store the view that was built in memory, complete the own L2 tables, and
  * make the index valid: REBUILT turns into INDEXED.  Or make a base of an
  * image that has no layers below.  The image is writable; q.lock held in
- * coroutines.
+ * coroutines, and taken, polling, elsewhere.
  * Returns 0, or a negative errno with @errp set; then all goes on as before:
- * -ENOTSUP if an internal snapshot is larger than the disk.
+ * -ENOTSUP if an internal snapshot is larger than the disk, -EBUSY if the image
+ * is being resized.
  */
 int GRAPH_RDLOCK sqcow2_index_store(BlockDriverState *bs, Error **errp);
 

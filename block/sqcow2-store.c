@@ -453,7 +453,7 @@ static void GRAPH_RDLOCK undo_store(BlockDriverState *bs, uint64_t *root,
     sqcow2_cache_clear(s->cache);
 }
 
-int sqcow2_index_store(BlockDriverState *bs, Error **errp)
+static int GRAPH_RDLOCK store(BlockDriverState *bs, Error **errp)
 {
     ERRP_GUARD();
     BDRVSqcow2State *s = bs->opaque;
@@ -464,6 +464,10 @@ int sqcow2_index_store(BlockDriverState *bs, Error **errp)
 
     assert(s->has_record && (s->mode == SQCOW2_MODE_REBUILT || !s->layer));
 
+    if (s->nb_resizing) {
+        error_setg(errp, "The image is being resized");
+        return -EBUSY;
+    }
     if (!snapshots_fit(s)) {
         error_setg(errp, "An internal snapshot is larger than the disk; no "
                    "index can be stored");
@@ -509,6 +513,44 @@ int sqcow2_index_store(BlockDriverState *bs, Error **errp)
         sqcow2_cache_clear(s->cache);
     }
     return 0;
+}
+
+typedef struct StoreCo {
+    BlockDriverState *bs;
+    Error **errp;
+    int ret;
+    bool done;
+} StoreCo;
+
+static void coroutine_fn store_entry(void *opaque)
+{
+    StoreCo *co = opaque;
+    BDRVSqcow2State *s = co->bs->opaque;
+
+    bdrv_graph_co_rdlock();
+    qemu_co_mutex_lock(&s->q.lock);
+    co->ret = store(co->bs, co->errp);
+    qemu_co_mutex_unlock(&s->q.lock);
+    bdrv_graph_co_rdunlock();
+    co->done = true;
+    aio_wait_kick();
+}
+
+/*
+ * The main thread polls, and a resize may come then, drained or not: what keeps
+ * it away from tables that are completed, and from the record, is q.lock.
+ */
+int sqcow2_index_store(BlockDriverState *bs, Error **errp)
+{
+    ERRP_GUARD();
+    StoreCo co = { .bs = bs, .errp = errp };
+
+    if (qemu_in_coroutine()) {
+        return store(bs, errp);
+    }
+    qemu_coroutine_enter(qemu_coroutine_create(store_entry, &co));
+    BDRV_POLL_WHILE(bs, !co.done);
+    return co.ret;
 }
 
 /* Own tables would have to be completed from the layers below. */

@@ -91,40 +91,45 @@ sqcow2_co_pwritev_compressed_part(BlockDriverState *bs, int64_t offset,
 }
 
 /*
- * What is cut off gets entries 0 while the disk still has its old size, and
- * that they may not stand for in a table of a valid index (S7): a layer below
- * may own those clusters.  So the index does not count until the size is on
- * disk; the tables are complete again then.  When that fails, the next open
- * makes a new index.
+ * Before the size changes: what is cut off gets entries 0 while the disk still
+ * has its old size, and that they may not stand for in a table of a valid index
+ * (S7): a layer below may own those clusters.  So the index does not count until
+ * the size is on disk; the tables are complete again then.  When that fails, the
+ * next open makes a new index.
+ *
+ * A resize is not stopped by a drained section.  It may come while backing
+ * nodes are folded: either it is seen by sqcow2_index_store(), or it sees the
+ * index that was stored.  q.lock is held.
  */
-static int coroutine_fn GRAPH_RDLOCK
-shrink_indexed(BlockDriverState *bs, int64_t offset, bool exact,
-               PreallocMode prealloc, BdrvRequestFlags flags, Error **errp)
+static int coroutine_fn GRAPH_RDLOCK begin_resize(BlockDriverState *bs,
+                                                  bool shrinks, bool *indexed)
 {
     BDRVSqcow2State *s = bs->opaque;
     int ret;
 
-    qemu_co_mutex_lock(&s->q.lock);
-    ret = sqcow2_invalidate_index(bs);
-    qemu_co_mutex_unlock(&s->q.lock);
-    if (ret < 0) {
-        error_setg_errno(errp, -ret, "Could not update the sQcow2 header");
-        return ret;
+    *indexed = shrinks && s->has_record && s->record.layer &&
+               s->record.flags & SQCOW2_FLAG_INDEX_VALID;
+    ret = *indexed ? sqcow2_invalidate_index(bs)
+                   : sqcow2_begin_change_locked(bs);
+    if (ret == 0) {
+        s->nb_resizing++;
     }
-    ret = bdrv_qcow2.bdrv_co_truncate(bs, offset, exact, prealloc, flags,
-                                      errp);
-    if (ret < 0) {
-        return ret;
-    }
-    qemu_co_mutex_lock(&s->q.lock);
-    if (qcow2_flush_caches(bs) == 0) {
+    return ret;
+}
+
+/* q.lock is held. */
+static void coroutine_fn GRAPH_RDLOCK end_resize(BlockDriverState *bs,
+                                                 bool indexed)
+{
+    BDRVSqcow2State *s = bs->opaque;
+
+    s->nb_resizing--;
+    if (indexed && qcow2_flush_caches(bs) == 0) {
         s->record.flags |= SQCOW2_FLAG_INDEX_VALID;
         if (sqcow2_record_write(bs) < 0) {
             s->record.flags &= ~SQCOW2_FLAG_INDEX_VALID;
         }
     }
-    qemu_co_mutex_unlock(&s->q.lock);
-    return 0;
 }
 
 static int coroutine_fn GRAPH_RDLOCK
@@ -133,13 +138,12 @@ sqcow2_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
 {
     BDRVSqcow2State *s = bs->opaque;
     int64_t old_size = bs->total_sectors * BDRV_SECTOR_SIZE;
+    bool indexed;
     int ret;
 
-    if (offset < old_size && s->has_record && s->record.layer &&
-        s->record.flags & SQCOW2_FLAG_INDEX_VALID) {
-        return shrink_indexed(bs, offset, exact, prealloc, flags, errp);
-    }
-    ret = sqcow2_begin_change(bs);
+    qemu_co_mutex_lock(&s->q.lock);
+    ret = begin_resize(bs, offset < old_size, &indexed);
+    qemu_co_mutex_unlock(&s->q.lock);
     if (ret < 0) {
         error_setg_errno(errp, -ret, "Could not update the sQcow2 header");
         return ret;
@@ -152,8 +156,12 @@ sqcow2_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
         s->layers[s->layer - 1].virtual_size > old_size) {
         flags |= BDRV_REQ_ZERO_WRITE;
     }
-    return bdrv_qcow2.bdrv_co_truncate(bs, offset, exact, prealloc, flags,
-                                       errp);
+    ret = bdrv_qcow2.bdrv_co_truncate(bs, offset, exact, prealloc, flags,
+                                      errp);
+    qemu_co_mutex_lock(&s->q.lock);
+    end_resize(bs, indexed && ret == 0);
+    qemu_co_mutex_unlock(&s->q.lock);
+    return ret;
 }
 
 /*
