@@ -89,7 +89,7 @@ static bool GRAPH_RDLOCK correct_backing_format(BlockDriverState *bs)
         format = "qcow2";
         break;
     case SQCOW2_LAYER_SQCOW2:
-        format = "sqcow2";
+        format = bdrv_sqcow2.format_name;
         break;
     default:
         return false;

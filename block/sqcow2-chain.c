@@ -664,7 +664,7 @@ void sqcow2_refresh(void)
     }
     options = qdict_new();
     if (!strstart(filename, "json:", NULL)) {
-        qdict_put_str(options, "driver", "sqcow2");
+        qdict_put_str(options, "driver", bdrv_sqcow2.format_name);
     }
     real_nodes = REAL_NONE;
     if (refresh_empty(filename, qdict_clone_shallow(options)) == -ENOTSUP) {
