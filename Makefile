@@ -12,7 +12,8 @@
 #   make check-disabled    that a build with -Dsqcow2=disabled behaves as upstream's
 #   make coverage          which lines of our files the tests run; half an hour
 #   make bench             all measurements;  make bench-quick: a few minutes
-#   make fuzz              random chains against a model;  ARGS="..." goes to tests/fuzz/chain_fuzz.py
+#   make fuzz              random chains against the same chains of qcow2 and a QEMU without our
+#                          patches, in build-upstream;  ARGS="..." goes to tests/fuzz/chain_fuzz.py
 #   make fuzz-hostile      damaged images and tables, guided by coverage, with clang and its
 #                          sanitizers, in build-fuzz;  ARGS="..." goes to tests/fuzz/hostile
 #   make fork-tree DIR=d   the whole patched QEMU, our files copied in, to read as one tree
@@ -62,6 +63,20 @@ build-as-qcow2: prepare-test
 check-iotests: build-as-qcow2
 	@scripts/upstream-iotests $(ARGS)
 
+# What random chains need: programs that start fast, ours and upstream's without the queue.
+tools_options := --static --disable-pie --target-list= --disable-system --without-default-features \
+    --enable-tools --enable-linux-aio --enable-linux-io-uring --enable-zstd
+
+build-tools: prepare-test
+	@mkdir -p $@
+	@cd $@ && ../configure $(tools_options) --enable-sqcow2
+	@ninja -C $@ qemu-img qemu-io
+
+build-upstream: deps-build
+	@mkdir -p $@
+	@cd $@ && ../configure --unpatched $(tools_options)
+	@ninja -C $@ qemu-img qemu-io
+
 build-disabled: prepare-test
 	@mkdir -p $@
 	@cd $@ && ../configure --disable-sqcow2
@@ -86,8 +101,8 @@ bench: prepare-bench
 bench-quick: prepare-bench
 	@bench/run --quick
 
-fuzz: prepare-test
-	@tests/fuzz/chain_fuzz.py --build build $(ARGS)
+fuzz: build-tools build-upstream
+	@tests/fuzz/chain_fuzz.py --build build-tools --reference build-upstream $(ARGS)
 
 build-fuzz: deps-test
 	@mkdir -p $@
@@ -104,6 +119,7 @@ fork-tree:
 	@scripts/upstream overlay "$(DIR)" copy
 	@echo "$(DIR): QEMU with the patch queue applied and our files copied in"
 
-.PHONY: all build build-as-qcow2 build-coverage build-disabled build-fuzz build-sanitize demo check \
-        check-disabled check-iotests coverage bench bench-quick fuzz fuzz-hostile fork-tree
+.PHONY: all build build-as-qcow2 build-coverage build-disabled build-fuzz build-sanitize \
+        build-tools build-upstream demo check check-disabled check-iotests \
+        coverage bench bench-quick fuzz fuzz-hostile fork-tree
 .NOTPARALLEL:

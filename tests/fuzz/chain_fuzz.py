@@ -2,23 +2,29 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Differential fuzzer: sqcow2 chains against the same chains of qcow2 layers.
 
-A run is a list of random steps on a tree of images. Each step runs twice, by the same binaries:
-in directory "a" with sqcow2 layers, in directory "b" with qcow2 layers in their place; raw and
-plain qcow2 layers are the same in both. Exit statuses, what is read during a session, and from
-time to time the full content of every image (also those whose lower layers were changed behind
-their back) must be equal, and no image of "a" may be corrupt.
+A run is a list of random steps on a tree of images. Each step runs twice: in directory "a" with
+sqcow2 layers, in directory "b" with qcow2 layers in their place, by the binaries of --reference
+(those of "make build-upstream" are upstream's, unpatched). Raw and plain qcow2 layers are the same
+in both. Exit statuses, what is read during a session, and from time to time the full content of
+every image (also those whose lower layers were changed, or replaced by older copies, behind their
+back) must be equal, and no image of "a" may be corrupt.
 
-Needs write access to the work directory only. A run that fails is shrunk and printed as a shell
+Writes in $TMPDIR, else /var/tmp, only. A run that fails is shrunk and printed as a shell
 script. Known to be avoided: a compressed write that is not the first change of its session
 (a bug of upstream's, silent corruption of qcow2 images).
 """
 
 import argparse
+import dataclasses
+import functools
+import multiprocessing
 import os
+import random
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from typing import Callable, Optional
 
@@ -29,6 +35,9 @@ TIMEOUT = 60
 DUMP_LINE = re.compile(r"^[0-9a-f]{8,}: ", re.M)
 
 
+Builds = dict[str, str]     # of each world
+
+
 class Mismatch(Exception):
     """The two worlds differ, or a program crashed."""
 
@@ -36,11 +45,11 @@ class Mismatch(Exception):
 class Executor:
     """Runs steps in both worlds; raises Mismatch."""
 
-    def __init__(self, build: str, workdir: str) -> None:
-        self.img = os.path.join(build, "qemu-img")
-        self.qio = os.path.join(build, "qemu-io")
+    def __init__(self, builds: Builds, workdir: str) -> None:
+        self.builds = builds
         self.dir = workdir
         self.tree: dict[str, Image] = {}
+        self.copies: dict[str, Image] = {}
         self.script: list[str] = []
         self.commands = 0
         shutil.rmtree(workdir, ignore_errors=True)
@@ -52,7 +61,8 @@ class Executor:
         if world == "a":
             self.script.append(" ".join(
                 f"'{arg}'" if re.search(r"[^\w.,=/:-]", arg) or not arg else arg
-                for arg in [os.path.basename(argv[0])] + argv[1:]))
+                for arg in argv))
+        argv = [os.path.join(self.builds[world], argv[0])] + argv[1:]
         try:
             done = subprocess.run(argv, cwd=os.path.join(self.dir, world), text=True,
                                   errors="replace", stdin=subprocess.DEVNULL,
@@ -91,23 +101,51 @@ class Executor:
             return
 
         def argv(world: str) -> list[str]:
-            out = [self.img, "create", "-q", "-f", fmt(kind, world)]
+            out = ["qemu-img", "create", "-q", "-f", fmt(kind, world)]
             if kind != "raw":
-                out += ["-o", f"cluster_size={step['cluster']}" +
-                        (",compat=0.10" if kind == "v2" else "")]
+                options = step["options"]
+                assert isinstance(options, list)
+                out += ["-o", ",".join(options)]
             if backing:
                 out += ["-b", str(backing), "-F", fmt(self.tree[str(backing)].kind, world)]
             return out + [name, str(step["size"])]
 
         if self.both(argv):
             self.tree[name] = Image(kind, backing=str(backing) if backing else None)
+            if step["cut"]:
+                for world in "ab":
+                    path = os.path.join(self.dir, world, name)
+                    os.truncate(path, os.path.getsize(path) - int(str(step["cut"])))
+                self.script.append(f"truncate -s -{step['cut']} {name}")
+
+    def do_copy(self, name: str, _step: Step) -> None:
+        self.copies[name] = dataclasses.replace(self.tree[name])
+        self.copy_file(name, name + ".old")
+
+    def do_restore(self, name: str, _step: Step) -> None:
+        """The file as it was once, with the backing link that it had."""
+        copy = self.copies.get(name)
+        if copy and (not copy.backing or copy.backing in self.tree and
+                     name not in below(self.tree, copy.backing)):
+            self.tree[name] = dataclasses.replace(copy)
+            self.copy_file(name + ".old", name)
+
+    def copy_file(self, source: str, target: str) -> None:
+        """With its external data file, if it has one."""
+        for suffix in ("", ".data"):
+            for world in "ab":
+                path = os.path.join(self.dir, world, source + suffix)
+                if os.path.exists(path):
+                    shutil.copyfile(path, os.path.join(self.dir, world, target + suffix))
+        self.script.append(f"cp {source} {target}; [ ! -e {source}.data ] || "
+                           f"cp {source}.data {target}.data")
 
     def do_io(self, name: str, step: Step) -> None:
         def argv(world: str) -> list[str]:
             cmds, opts = step["cmds"], step["opts"]
             assert isinstance(cmds, list) and isinstance(opts, list)
             driver = fmt(self.tree[name].kind, world)
-            out = [self.qio] + opts
+            out = ["qemu-io"] + opts
             for cmd in cmds:
                 out += ["-c", cmd]
             if step["small_cache"] and driver != "raw":
@@ -122,8 +160,8 @@ class Executor:
                              "out.raw"):
                 self.same_bytes(f"snapshot {step['name']} of {name}", "out.raw")
             return
-        self.both(lambda world: [self.img, "snapshot", "-q", f"-{step['what']}", str(step["name"]),
-                                 "--image-opts",
+        self.both(lambda world: ["qemu-img", "snapshot", "-q", f"-{step['what']}",
+                                 str(step["name"]), "--image-opts",
                                  f"driver={fmt(self.tree[name].kind, world)},file.filename={name}"])
 
     def do_commit(self, name: str, step: Step) -> None:
@@ -138,7 +176,7 @@ class Executor:
             return
 
         def argv(world: str) -> list[str]:
-            out = [self.img, "rebase", "-q", "-f", fmt(self.tree[name].kind, world)]
+            out = ["qemu-img", "rebase", "-q", "-f", fmt(self.tree[name].kind, world)]
             if step["unsafe"]:
                 out.append("-u")
             if base:
@@ -150,7 +188,7 @@ class Executor:
 
     def on_image(self, name: str, *args: str) -> bool:
         """Run a subcommand of qemu-img whose subject is one image."""
-        return self.both(lambda world: [self.img, args[0], "-f", fmt(self.tree[name].kind, world),
+        return self.both(lambda world: ["qemu-img", args[0], "-f", fmt(self.tree[name].kind, world),
                                         *args[1:]])
 
     def do_resize(self, name: str, step: Step) -> None:
@@ -168,7 +206,7 @@ class Executor:
         assert isinstance(options, list)
         if fmt(self.tree[name].kind, "a") == "sqcow2":
             for option in options:
-                self.run("a", [self.img, "amend", "-q", "-f", "sqcow2", "-o",
+                self.run("a", ["qemu-img", "amend", "-q", "-f", "sqcow2", "-o",
                                f"index={option}", name])
 
     def do_bitmap(self, name: str, step: Step) -> None:
@@ -180,7 +218,7 @@ class Executor:
             return
 
         def argv(world: str) -> list[str]:
-            out = [self.img, "convert", "-f", fmt(self.tree[source].kind, world), "-O",
+            out = ["qemu-img", "convert", "-f", fmt(self.tree[source].kind, world), "-O",
                    fmt("sq", world), "-o", f"cluster_size={step['cluster']}"]
             if base:
                 out += ["-B", str(base), "-F", fmt(self.tree[str(base)].kind, world)]
@@ -208,23 +246,39 @@ class Executor:
         for name, image in self.tree.items():
             if image.kind == "raw":
                 continue
-            if step["dd"]:
-                done = self.on_image(name, "dd", "-O", "raw", "bs=1M", f"if={name}", "of=out.raw")
-            else:
-                done = self.on_image(name, "convert", "-O", "raw", name, "out.raw")
-            if done:
+            if step["how"] == "compare":
+                self.compare(name)
+            elif step["how"] == "dd":
+                if self.on_image(name, "dd", "-O", "raw", "bs=1M", f"if={name}", "of=out.raw"):
+                    self.same_bytes(name, "out.raw")
+            elif self.on_image(name, "convert", "-O", "raw", name, "out.raw"):
                 self.same_bytes(name, "out.raw")
-            checks = [self.run(world, [self.img, "check", "-f", fmt(image.kind, world), name])
-                      for world in "ab"]
-            # A crash leaves leaks behind (3), and errors (2) where refcounts are lazy
-            if checks[0].returncode not in (0, checks[1].returncode):
-                raise Mismatch(f"check of {name}: {checks[0].returncode}, with qcow2 "
-                               f"{checks[1].returncode}\n{checks[0].stdout}{checks[0].stderr}")
+            self.check(name)
+
+    def compare(self, name: str) -> None:
+        """All bytes, in one process of world a."""
+        kind = self.tree[name].kind
+        done = self.run("a", ["qemu-img", "compare", "-q", "-f", fmt(kind, "a"),
+                              "-F", fmt(kind, "b"), name, f"../b/{name}"])
+        # 2: one of the two cannot be opened; then neither, which converting would show
+        if done.returncode == 2:
+            self.on_image(name, "convert", "-O", "raw", name, "out.raw")
+        elif done.returncode:
+            raise Mismatch(f"{name} differs from ../b/{name}: {done.returncode} {done.stdout}")
+
+    def check(self, name: str) -> None:
+        status = self.run("a", ["qemu-img", "check", "-f", fmt(self.tree[name].kind, "a"), name])
+        # A crash leaves leaks behind (3), and errors (2) where refcounts are lazy
+        if status.returncode:
+            other = self.run("b", ["qemu-img", "check", "-f", fmt(self.tree[name].kind, "b"), name])
+            if status.returncode != other.returncode:
+                raise Mismatch(f"check of {name}: {status.returncode}, with qcow2 "
+                               f"{other.returncode}\n{status.stdout}{status.stderr}")
 
 
-def attempt(build: str, workdir: str, steps: list[Step]) -> tuple[Optional[str], Executor]:
+def attempt(builds: Builds, workdir: str, steps: list[Step]) -> tuple[Optional[str], Executor]:
     """Run the steps.  Returns what went wrong, or None."""
-    executor = Executor(build, workdir)
+    executor = Executor(builds, workdir)
     try:
         for step in steps:
             executor.execute(step)
@@ -248,7 +302,7 @@ def candidates(steps: list[Step], chunk: int) -> list[list[Step]]:
     return out
 
 
-def shrink(build: str, workdir: str, steps: list[Step], seconds: int) -> list[Step]:
+def shrink(builds: Builds, workdir: str, steps: list[Step], seconds: int) -> list[Step]:
     """Drop steps, and commands of qemu-io, while it still fails."""
     end = time.monotonic() + seconds
     chunk = max(1, len(steps) // 2)
@@ -257,7 +311,7 @@ def shrink(build: str, workdir: str, steps: list[Step], seconds: int) -> list[St
         for shorter in candidates(steps, chunk):
             if time.monotonic() > end:
                 break
-            if attempt(build, workdir, shorter)[0]:
+            if attempt(builds, workdir, shorter)[0]:
                 smaller = shorter
                 break
         if smaller is not None:
@@ -269,34 +323,47 @@ def shrink(build: str, workdir: str, steps: list[Step], seconds: int) -> list[St
     return steps
 
 
+def run_seed(args: argparse.Namespace, seed: int) -> tuple[int, str]:
+    """One run.  Returns how many commands were run, and what is to be said of a failure."""
+    builds = {"a": os.path.abspath(args.build), "b": os.path.abspath(args.reference or args.build)}
+    workdir = tempfile.mkdtemp(prefix="sqemu-chain-", dir=os.environ.get("TMPDIR", "/var/tmp"))
+    steps = Generator(seed, args.steps).steps
+    error, executor = attempt(builds, workdir, steps)
+    commands, said = executor.commands, ""
+    if error:
+        shorter = shrink(builds, workdir, steps, args.shrink)
+        again, executor = attempt(builds, workdir, shorter)
+        said = f"seed {seed} failed: {error}\nseed {seed}, shrunk: {again}\n" + \
+            "\n".join(executor.script)
+    shutil.rmtree(workdir, ignore_errors=True)
+    return commands, said
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--build", default="build", help="directory with qemu-img and qemu-io")
-    parser.add_argument("--workdir", default="/tmp/chain_fuzz", help="is emptied")
-    parser.add_argument("--seed", type=int, default=1, help="of the first run")
+    parser.add_argument("--reference", help="directory with those that run the qcow2 chains")
+    parser.add_argument("--seed", type=int, help="of the first run; else it is drawn")
     parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=25, help="per run")
+    parser.add_argument("--steps", type=int, default=50, help="per run")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--shrink", type=int, default=120, help="seconds, per failing run")
     parser.add_argument("--keep-going", action="store_true", help="after a failing run")
     args = parser.parse_args()
-    build = os.path.abspath(args.build)
-    workdir = os.path.abspath(args.workdir)
+    first = random.SystemRandom().randrange(1 << 32) if args.seed is None else args.seed
+    print(f"seeds {first} to {first + args.runs - 1}", flush=True)
 
     passed = failed = commands = 0
-    for seed in range(args.seed, args.seed + args.runs):
-        steps = Generator(seed, args.steps).steps
-        error, executor = attempt(build, workdir, steps)
-        commands += executor.commands
-        if error is None:
-            passed += 1
-            continue
-        failed += 1
-        print(f"seed {seed} failed: {error}", flush=True)
-        steps = shrink(build, workdir, steps, args.shrink)
-        error, executor = attempt(build, workdir, steps)
-        print(f"seed {seed}, shrunk: {error}\n" + "\n".join(executor.script), flush=True)
-        if not args.keep_going:
-            break
+    with multiprocessing.Pool(args.jobs) as pool:
+        for nb_commands, said in pool.imap_unordered(functools.partial(run_seed, args),
+                                                        range(first, first + args.runs)):
+            commands += nb_commands
+            passed += not said
+            if said:
+                failed += 1
+                print(said, flush=True)
+                if not args.keep_going:
+                    break
     print(f"{commands} commands")
     print(f"{passed} passed, {failed} failed")
     return 1 if failed else 0

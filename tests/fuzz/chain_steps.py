@@ -18,6 +18,13 @@ class Image:
     backing: Optional[str] = None
     name: str = ""
     snapshots: list[str] = dataclasses.field(default_factory=list)
+    copied: bool = False  # there is a copy of its file as it was once
+
+
+# Cluster size in bytes: most bytes of a disk. With small clusters these are several L2 tables.
+MAX_SIZES = {512: 160 << 10, 1024: 384 << 10, 2048: 1 << 20, 4096: 5 << 20, 8192: 5 << 20,
+             16384: 3 << 20, 32768: 3 << 20, 65536: 3 << 20, 131072: 3 << 20, 262144: 3 << 20,
+             524288: 4 << 20, 1048576: 6 << 20, 2097152: 10 << 20}
 
 
 def fmt(kind: str, world: str) -> str:
@@ -46,20 +53,21 @@ class Generator:
         self.count = 0
         self.pattern = 0
         self.steps: list[Step] = []
-        self.cluster = self.rng.choice((512, 512, 4096, 65536))
-        self.max_size = {512: 160 << 10, 4096: 5 << 20, 65536: 3 << 20}[self.cluster]
+        self.cluster = self.rng.choice((512, 512, 512, 4096, 4096, 65536, 65536, *MAX_SIZES))
+        self.max_size = MAX_SIZES[self.cluster]
         self.make_chain()
         choices: list[tuple[int, Callable[[], None]]] = [
             (40, self.io), (8, self.overlay), (6, self.resize), (9, self.snapshot),
             (4, self.commit), (4, self.rebase), (2, self.check), (3, self.crash),
             (2, self.amend), (3, self.index), (1, self.bitmap), (2, self.convert),
-            (3, self.compressed)]
+            (3, self.compressed), (2, self.copy), (2, self.restore)]
         weights = [weight for weight, _ in choices]
         while len(self.steps) < nb_steps:
             self.rng.choices(choices, weights)[0][1]()
             if self.rng.random() < 0.3:
-                self.steps.append({"op": "compare", "dd": self.rng.random() < 0.3})
-        self.steps.append({"op": "compare", "dd": False})
+                self.steps.append({"op": "compare", "how": self.rng.choice(
+                    ("compare", "compare", "compare", "convert", "dd"))})
+        self.steps.append({"op": "compare", "how": "convert"})
 
     def size(self) -> int:
         return max(1, self.rng.randrange(self.max_size) // 512) * 512
@@ -67,14 +75,30 @@ class Generator:
     def new(self, kind: str, backing: Optional[str], size: Optional[int]) -> None:
         cluster = self.cluster
         if self.rng.random() < 0.03:
-            cluster = self.rng.choice((512, 4096, 65536))
+            cluster = self.rng.choice(list(MAX_SIZES))
         self.count += 1
         image = Image(kind, size or self.size(), cluster, backing, f"l{self.count}")
         if backing and size is None and self.rng.random() < 0.6:
             image.size = self.tree[backing].size
         self.tree[image.name] = image
+        # The last sector of a raw layer need not be a whole one
+        cut = self.rng.randrange(512) if kind == "raw" and self.rng.random() < 0.4 else 0
         self.steps.append({"op": "create", "image": image.name, "kind": kind, "size": image.size,
-                           "cluster": cluster, "backing": backing})
+                           "cut": cut, "options": self.options(image), "backing": backing})
+
+    def options(self, image: Image) -> list[str]:
+        """For qemu-img create."""
+        options = [f"cluster_size={image.cluster}"]
+        if image.kind == "v2":
+            return options + ["compat=0.10"]
+        for chance, least_cluster, option in (
+                (0.1, 512, "compression_type=zstd"), (0.1, 512, "lazy_refcounts=on"),
+                (0.1, 512, "refcount_bits=" + self.rng.choice(("1", "2", "8", "64"))),
+                (0.05, 512, "preallocation=metadata"), (0.05, 16384, "extended_l2=on"),
+                (0.03, 512, f"data_file={image.name}.data")):
+            if self.rng.random() < chance and image.cluster >= least_cluster:
+                options.append(option)
+        return options
 
     def make_chain(self) -> None:
         top: Optional[str] = None
@@ -221,8 +245,10 @@ class Generator:
     def amend(self) -> None:
         image = self.pick(lambda image: image.kind in ("v3", "sq"))
         if image:
-            option = self.rng.choice(("lazy_refcounts=on", "lazy_refcounts=off",
-                                      "refcount_bits=64", f"size={self.size()}"))
+            options = ["lazy_refcounts=on", "lazy_refcounts=off", f"size={self.size()}"]
+            if image.cluster <= 16384:      # else qcow2 takes seconds, or minutes
+                options.append("refcount_bits=64")
+            option = self.rng.choice(options)
             self.steps.append({"op": "amend", "image": image.name, "option": option})
 
     def index(self) -> None:
@@ -247,3 +273,16 @@ class Generator:
         self.tree[image.name] = image
         self.steps.append({"op": "convert", "image": image.name, "source": source.name,
                            "cluster": self.cluster, "base": base})
+
+    def copy(self) -> None:
+        """Of a file, aside."""
+        image = self.pick()
+        assert image
+        image.copied = True
+        self.steps.append({"op": "copy", "image": image.name})
+
+    def restore(self) -> None:
+        """A copy of a file, in its place."""
+        image = self.pick(lambda image: image.copied)
+        if image:
+            self.steps.append({"op": "restore", "image": image.name})

@@ -5,14 +5,16 @@
 A run starts the emulator, without a guest, on a chain of random layers, and does random steps: it
 writes, discards, resizes, takes live snapshots, commits (the active layer or others), streams,
 mirrors, backs up, with writes while a job runs; jobs are let finish, or cancelled; the process is
-closed, or killed, and started again.  What is read must be what the model says: block by block while
-the process lives; as a whole, with qemu-img check on each layer, when it does not.
+closed, or killed, and started again.  What is read must be what the model says: block by block
+while the process lives; as a whole, with qemu-img check on each layer, when it does not.
 
-Needs write access to the work directory only.  A run is reproduced by its seed.
+Writes in $TMPDIR, else /var/tmp, only.  A run is reproduced by its seed.
 """
 
 import argparse
+import functools
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -198,7 +200,8 @@ class Run:
     def job(self, name: str, **arguments: Any) -> bool:
         """Run a job with writes meanwhile; True if it did its work."""
         assert self.machine
-        cancel = self.rng.random() < .2
+        # A backup of what is overwritten goes on until it is cancelled
+        cancel = self.rng.random() < .2 or arguments.get("sync") == "none"
         if cancel:
             arguments["speed"] = 65536
         self.ok(self.machine.command(name, job_id="job", device="d0", **arguments))
@@ -261,6 +264,20 @@ class Run:
         if done and sync == "full":
             self.compare(target, "qcow2", before)
 
+    def step_mirror(self) -> None:
+        """The disk moves to another file, above the same lower layers or above none."""
+        target = self.new_name()
+        if self.job("drive-mirror", target=target, sync=self.rng.choice(["full", "top"]),
+                    format=self.rng.choice(["sqcow2", "sqcow2", "qcow2"])):
+            self.files.append((target, self.format_of(target)))
+            self.take_chain()
+
+    def format_of(self, name: str) -> str:
+        """Of the two formats that a new file may have here."""
+        said = subprocess.run([os.path.join(self.build, "qemu-img"), "info", "-U", "-f", "sqcow2",
+                               name], capture_output=True, timeout=TIMEOUT, check=False)
+        return "qcow2" if said.returncode else "sqcow2"
+
     def step_resize(self) -> None:
         assert self.machine
         size = max(512, len(self.model) + 512 * self.rng.randint(-600, 900))
@@ -311,7 +328,7 @@ class Run:
     def execute(self, count: int) -> None:
         """The whole run."""
         kinds = ["snapshot"] * 5 + ["commit", "commit_active", "stream"] * 2 + \
-            ["backup", "resize", "commit_hmp", "restart", "restart"]
+            ["backup", "mirror", "resize", "commit_hmp", "restart", "restart"]
         self.start()
         assert self.machine
         for _ in range(count):
@@ -327,38 +344,52 @@ class Run:
         self.look_offline()
 
 
+def run_seed(args: argparse.Namespace, seed: int) -> str:
+    """One run.  Returns what is to be said of a failure."""
+    said = []
+    folder = tempfile.mkdtemp(prefix="sqemu-live-", dir=os.environ.get("TMPDIR", "/var/tmp"))
+    run = None
+    with open(os.path.join(folder, "log"), "wb"):
+        pass
+    try:
+        run = Run(args, seed, folder)
+        run.execute(args.steps)
+    except (Failure, subprocess.TimeoutExpired, OSError) as err:
+        said.append(f"seed {seed} failed after {len(run.steps) if run else 0} steps: {err}")
+        said += [f"    {step}" for step in run.steps[-6:]] if run else []
+        with open(os.path.join(folder, "log"), encoding="utf-8", errors="replace") as log:
+            said.append(log.read()[-600:])
+    finally:
+        if run and run.machine and run.machine.process.poll() is None:
+            run.machine.process.kill()
+    if said and args.keep:
+        said.append(f"    kept: {folder}")
+    else:
+        shutil.rmtree(folder)
+    return "\n".join(said)
+
+
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", default="build", help="build folder")
-    parser.add_argument("--seed", type=int, default=1, help="of the first run")
+    parser.add_argument("--seed", type=int, help="of the first run; else it is drawn")
     parser.add_argument("--runs", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--keep", action="store_true", help="keep the files of a failed run")
     args = parser.parse_args()
     args.build = os.path.abspath(args.build)
+    first = random.SystemRandom().randrange(1 << 32) if args.seed is None else args.seed
+    print(f"seeds {first} to {first + args.runs - 1}", flush=True)
     failed = 0
-    for seed in range(args.seed, args.seed + args.runs):
-        folder = tempfile.mkdtemp(prefix="sqemu-live-", dir=os.environ.get("TMPDIR", "/var/tmp"))
-        run = None
-        try:
-            run = Run(args, seed, folder)
-            run.execute(args.steps)
-        except (Failure, subprocess.TimeoutExpired, OSError) as err:
-            failed += 1
-            print(f"seed {seed} FAILED after {len(run.steps) if run else 0} steps: {err}")
-            for step in run.steps[-6:] if run else []:
-                print(f"    {step}")
-            with open(os.path.join(folder, "log"), encoding="utf-8", errors="replace") as log:
-                print(log.read()[-600:])
-            if args.keep:
-                print(f"    kept: {folder}")
-                continue
-        finally:
-            if run and run.machine and run.machine.process.poll() is None:
-                run.machine.process.kill()
-        shutil.rmtree(folder)
+    with multiprocessing.Pool(args.jobs) as pool:
+        for said in pool.imap_unordered(functools.partial(run_seed, args),
+                                        range(first, first + args.runs)):
+            if said:
+                failed += 1
+                print(said, flush=True)
     print(f"{args.runs - failed} passed, {failed} failed")
     return 1 if failed else 0
 
