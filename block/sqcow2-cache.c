@@ -66,6 +66,11 @@ Sqcow2Cache *sqcow2_cache_new(size_t slice_bytes, uint64_t max_bytes)
     return c;
 }
 
+size_t sqcow2_cache_slice_bytes(const Sqcow2Cache *c)
+{
+    return c->slice_bytes;
+}
+
 void sqcow2_cache_free(Sqcow2Cache *c)
 {
     if (!c) {

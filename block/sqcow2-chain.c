@@ -19,9 +19,6 @@
 #include "qobject/qdict.h"
 #include "sqcow2-int.h"
 
-/* As much as qcow2's own L2 cache takes at most by default */
-#define DEFAULT_CACHE_BYTES (32 * MiB)
-
 /* Which nodes get a backing node.  Main thread only. */
 static enum {
     REAL_NONE,
@@ -156,14 +153,8 @@ static bool load_index(BlockDriverState *bs)
 
 void sqcow2_renew_cache(BlockDriverState *bs)
 {
-    BDRVSqcow2State *s = bs->opaque;
-    uint64_t bytes = (uint64_t)s->view.entries * s->q.cluster_size;
-
     sqcow2_idle_stop(bs);
-    sqcow2_cache_free(s->cache);
-    s->cache = sqcow2_cache_new(s->q.l2_slice_size * sizeof(uint64_t),
-                                MIN(bytes, s->cache_bytes ?:
-                                           DEFAULT_CACHE_BYTES));
+    sqcow2_new_cache(bs->opaque);
     sqcow2_idle_start(bs, bdrv_get_aio_context(bs));
 }
 

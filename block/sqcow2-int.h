@@ -419,6 +419,7 @@ static inline uint64_t sqcow2_set_offset(uint16_t layer, uint64_t host_offset)
 
 Sqcow2Cache *sqcow2_cache_new(size_t slice_bytes, uint64_t max_bytes);
 void sqcow2_cache_free(Sqcow2Cache *c);
+size_t sqcow2_cache_slice_bytes(const Sqcow2Cache *c);
 
 /* Forget all slices. */
 void sqcow2_cache_clear(Sqcow2Cache *c);
@@ -491,6 +492,9 @@ void sqcow2_idle_stop(BlockDriverState *bs);
  */
 int GRAPH_RDLOCK sqcow2_lookup(BlockDriverState *bs, uint64_t guest_offset,
                                uint64_t bytes, Sqcow2Extent *extent);
+
+/* An empty cache for the current slice size; q.lock held, or no requests. */
+void sqcow2_new_cache(BDRVSqcow2State *s);
 
 /* Fill a new own L2 table's slice from the view below; q.lock held. */
 int GRAPH_RDLOCK sqcow2_inherit_slice(BlockDriverState *bs, int l1_index,

@@ -14,6 +14,7 @@
  * one is loaded.
  */
 #include "qemu/osdep.h"
+#include "qemu/units.h"
 #include "qapi/error.h"
 #include "sqcow2-int.h"
 
@@ -50,14 +51,44 @@ static const char *layer_name(BDRVSqcow2State *s, uint16_t layer)
     return layer < s->layer ? s->layers[layer].filename : "the active image";
 }
 
+/* As much as qcow2's own L2 cache takes at most by default */
+#define DEFAULT_CACHE_BYTES (32 * MiB)
+
+static size_t slice_bytes(const BDRVSqcow2State *s)
+{
+    return s->q.l2_slice_size * sizeof(uint64_t);
+}
+
+void sqcow2_new_cache(BDRVSqcow2State *s)
+{
+    uint64_t bytes = (uint64_t)s->view.entries * s->q.cluster_size;
+
+    sqcow2_cache_free(s->cache);
+    s->cache = sqcow2_cache_new(slice_bytes(s), MIN(bytes, s->cache_bytes ?:
+                                                    DEFAULT_CACHE_BYTES));
+}
+
+/*
+ * As sqcow2_cache_find().  By default the size of slices depends on whether
+ * qcow2's cache has room for all tables of the disk.  So a resize may change
+ * it, under q.lock; nobody has a slice of ours then.
+ */
+static uint64_t *find_slice(BDRVSqcow2State *s, uint64_t key)
+{
+    if (unlikely(sqcow2_cache_slice_bytes(s->cache) != slice_bytes(s))) {
+        sqcow2_new_cache(s);
+    }
+    return sqcow2_cache_find(s->cache, key);
+}
+
 /* Load slice @slice_offset (bytes into the table) of a table in a file. */
 static int GRAPH_RDLOCK load_slice(BlockDriverState *bs, uint16_t layer,
                                    uint64_t host_offset, const uint64_t **slice)
 {
     BDRVSqcow2State *s = bs->opaque;
     uint64_t key = sqcow2_set_offset(layer, host_offset);
-    size_t bytes = s->q.l2_slice_size * sizeof(uint64_t);
-    uint64_t *buf = sqcow2_cache_find(s->cache, key);
+    size_t bytes = slice_bytes(s);
+    uint64_t *buf = find_slice(s, key);
     int ret;
 
     if (!buf) {
@@ -89,7 +120,7 @@ static int GRAPH_RDLOCK load_merged(BlockDriverState *bs, uint64_t l1_index,
     uint64_t key = ((uint64_t)SQCOW2_MAX_LAYERS << SQCOW2_HOST_BITS) +
                    (l1_index << s->q.cluster_bits) +
                    (uint64_t)slice * nb_entries * sizeof(uint64_t);
-    uint64_t *buf = sqcow2_cache_find(s->cache, key);
+    uint64_t *buf = find_slice(s, key);
     Error *local_err = NULL;
     int ret;
 
