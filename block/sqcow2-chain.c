@@ -155,7 +155,7 @@ void sqcow2_renew_cache(BlockDriverState *bs)
 {
     sqcow2_idle_stop(bs);
     sqcow2_new_cache(bs->opaque);
-    sqcow2_idle_start(bs, bdrv_get_aio_context(bs));
+    sqcow2_idle_start(bs);
 }
 
 /*

@@ -5,12 +5,17 @@
  * What "cache-clean-interval" is for qcow2's caches it is for ours, too: a
  * slice that was not used for that long is freed.
  *
- * A timer in the node's AioContext starts a coroutine, which takes q.lock as
- * all users of the cache do and counts as a request, so that draining waits
- * for it.  The timer is stopped by the main thread, perhaps while its callback
- * runs in another one.  So it is an object of its own, with a lock: a callback
- * touches the node only under this lock and while the timer is not stopped.
- * A stopped one frees itself in its context, where no callback runs then.
+ * The timer is one of the main thread, which alone begins drained sections.  It
+ * starts a coroutine in the node's thread, which takes q.lock as all users of
+ * the cache do, and counts as a request: whoever drains afterwards waits for it.
+ * While the node is drained nothing is started, as those who drained it may use
+ * the cache without the lock, and nothing is counted, as they rely on that, too.
+ *
+ * An inactive node is activated in its own thread, and the timer stopped there,
+ * perhaps while its callback runs.  So it is an object of its own, with a lock:
+ * a callback touches the node only under this lock and while the timer is not
+ * stopped.  A stopped one is freed in the main thread, where no callback runs
+ * then.
  *
  * A node whose image is too corrupt, or not ours any more, loses its driver,
  * and close is never called: what it has leaks, as with qcow2.  But no timer
@@ -59,16 +64,13 @@ static void timer_cb(void *opaque)
             return;
         }
         arm(t);
-        /* Whoever drains sees us, or is seen; who stops us has drained. */
-        bdrv_inc_in_flight(t->bs);
-        if (qatomic_read(&t->bs->quiesce_counter)) {
-            bdrv_dec_in_flight(t->bs);
-        } else {
+        if (!qatomic_read(&t->bs->quiesce_counter)) {
             bs = t->bs;
+            bdrv_inc_in_flight(bs);
         }
     }
     if (bs) {
-        aio_co_enter(qemu_get_current_aio_context(),
+        aio_co_enter(bdrv_get_aio_context(bs),
                      qemu_coroutine_create(clean, bs));
     }
 }
@@ -86,7 +88,6 @@ void sqcow2_idle_stop(BlockDriverState *bs)
 {
     BDRVSqcow2State *s = bs->opaque;
     Sqcow2IdleTimer *t = g_steal_pointer(&s->idle_timer);
-    AioContext *context = bdrv_get_aio_context(bs);
 
     if (!t) {
         return;
@@ -95,14 +96,14 @@ void sqcow2_idle_stop(BlockDriverState *bs)
         t->stopped = true;
         timer_del(&t->timer);
     }
-    if (context == qemu_get_current_aio_context()) {
+    if (qemu_in_main_thread()) {
         free_timer(t);
     } else {
-        aio_bh_schedule_oneshot(context, free_timer, t);
+        aio_bh_schedule_oneshot(qemu_get_aio_context(), free_timer, t);
     }
 }
 
-void sqcow2_idle_start(BlockDriverState *bs, AioContext *context)
+void sqcow2_idle_start(BlockDriverState *bs)
 {
     BDRVSqcow2State *s = bs->opaque;
     Sqcow2IdleTimer *t;
@@ -115,8 +116,8 @@ void sqcow2_idle_start(BlockDriverState *bs, AioContext *context)
     t->bs = bs;
     t->interval_ms = (int64_t)s->q.cache_clean_interval * 1000;
     qemu_mutex_init(&t->lock);
-    aio_timer_init(context, &t->timer, QEMU_CLOCK_REALTIME, SCALE_MS, timer_cb,
-                   t);
+    aio_timer_init(qemu_get_aio_context(), &t->timer, QEMU_CLOCK_REALTIME,
+                   SCALE_MS, timer_cb, t);
     arm(t);
 }
 
@@ -134,8 +135,8 @@ static void stop_timers(void *opaque)
 void sqcow2_before_unusable(BlockDriverState *bs)
 {
     if (bs->drv == &bdrv_sqcow2) {
-        /* Where qcow2's callback runs; whoever frees the node drains first */
+        /* Where timers run; whoever frees the node drains first */
         bdrv_inc_in_flight(bs);
-        aio_bh_schedule_oneshot(bdrv_get_aio_context(bs), stop_timers, bs);
+        aio_bh_schedule_oneshot(qemu_get_aio_context(), stop_timers, bs);
     }
 }

@@ -475,11 +475,10 @@ void sqcow2_cache_clean(Sqcow2Cache *c);
 /* sqcow2-idle.c */
 
 /*
- * Clean the cache every "cache-clean-interval", in @context, from now on until
- * it is stopped; starting once more is starting anew.  The node has no
- * requests (stop: but perhaps ours).
+ * Clean the cache every "cache-clean-interval", from now on until it is
+ * stopped; starting once more is starting anew.  The node has no requests.
  */
-void sqcow2_idle_start(BlockDriverState *bs, AioContext *context);
+void sqcow2_idle_start(BlockDriverState *bs);
 void sqcow2_idle_stop(BlockDriverState *bs);
 
 /* sqcow2-lookup.c */

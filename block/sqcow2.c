@@ -165,19 +165,6 @@ static void sqcow2_reopen_commit(BDRVReopenState *state)
     }
 }
 
-static void sqcow2_detach_aio_context(BlockDriverState *bs)
-{
-    sqcow2_idle_stop(bs);
-    bdrv_qcow2.bdrv_detach_aio_context(bs);
-}
-
-static void sqcow2_attach_aio_context(BlockDriverState *bs,
-                                      AioContext *context)
-{
-    bdrv_qcow2.bdrv_attach_aio_context(bs, context);
-    sqcow2_idle_start(bs, context);
-}
-
 static void GRAPH_RDLOCK
 sqcow2_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
                   BlockReopenQueue *queue, uint64_t perm, uint64_t shared,
@@ -312,7 +299,7 @@ sqcow2_co_invalidate_cache(BlockDriverState *bs, Error **errp)
         return;
     }
     if (!s->idle_timer) {       /* a view that was made anew has started it */
-        sqcow2_idle_start(bs, bdrv_get_aio_context(bs));
+        sqcow2_idle_start(bs);
     }
 }
 
@@ -444,8 +431,6 @@ static void bdrv_sqcow2_init(void)
     bdrv_sqcow2.bdrv_close = sqcow2_close;
     bdrv_sqcow2.bdrv_reopen_prepare = sqcow2_reopen_prepare;
     bdrv_sqcow2.bdrv_reopen_commit = sqcow2_reopen_commit;
-    bdrv_sqcow2.bdrv_detach_aio_context = sqcow2_detach_aio_context;
-    bdrv_sqcow2.bdrv_attach_aio_context = sqcow2_attach_aio_context;
     bdrv_sqcow2.bdrv_gather_child_options = sqcow2_gather_child_options;
     bdrv_sqcow2.bdrv_check_perm = sqcow2_check_perm;
     bdrv_sqcow2.bdrv_child_perm = sqcow2_child_perm;
