@@ -176,11 +176,10 @@ static void GRAPH_RDLOCK store_if_writable(BlockDriverState *bs)
 static int GRAPH_RDLOCK make_view(BlockDriverState *bs, Error **errp)
 {
     BDRVSqcow2State *s = bs->opaque;
+    Sqcow2Mode mode = SQCOW2_MODE_INDEXED;
     int ret;
 
-    if (load_index(bs)) {
-        s->mode = SQCOW2_MODE_INDEXED;
-    } else {
+    if (!load_index(bs)) {
         bool valid = s->has_record &&
                      s->record.flags & SQCOW2_FLAG_INDEX_VALID;
 
@@ -189,10 +188,12 @@ static int GRAPH_RDLOCK make_view(BlockDriverState *bs, Error **errp)
         if (ret < 0) {
             return ret;
         }
-        s->mode = SQCOW2_MODE_REBUILT;
+        mode = SQCOW2_MODE_REBUILT;
     }
     sqcow2_renew_cache(bs);
-    if (s->mode == SQCOW2_MODE_REBUILT) {
+    /* Last: a resize in another thread may look at any time */
+    qatomic_store_release(&s->mode, mode);
+    if (mode == SQCOW2_MODE_REBUILT) {
         store_if_writable(bs);
     }
     return 0;
@@ -210,10 +211,10 @@ int sqcow2_attach_set(BlockDriverState *bs, BlockDriverState *set_bs,
     return s->set ? 0 : -EPERM;
 }
 
-void sqcow2_drop_flat(BlockDriverState *bs)
+void sqcow2_drop_flat_locked(BlockDriverState *bs)
 {
     BDRVSqcow2State *s = bs->opaque;
-    BdrvChild *set = s->set;
+    BdrvChild *set = g_steal_pointer(&s->set);
 
     s->mode = SQCOW2_MODE_OFF;
     sqcow2_idle_stop(bs);
@@ -225,11 +226,15 @@ void sqcow2_drop_flat(BlockDriverState *bs)
     s->layers = NULL;
     s->layer = 0;
     if (set) {
-        s->set = NULL;
-        bdrv_graph_wrlock();
         bdrv_unref_child(bs, set);
-        bdrv_graph_wrunlock();
     }
+}
+
+void sqcow2_drop_flat(BlockDriverState *bs)
+{
+    bdrv_graph_wrlock();
+    sqcow2_drop_flat_locked(bs);
+    bdrv_graph_wrunlock();
 }
 
 bool sqcow2_is_indexable(BlockDriverState *bs)
@@ -535,13 +540,15 @@ static int unflatten(BlockDriverState *bs, Error **errp)
         s->mode = mode;
         bs->open_flags = open_flags;
     } else {
+        bdrv_graph_wrlock();
         below = bs->backing->bs->opaque;
         if (sqcow2_is_flat(bs->backing->bs) && below->layers == s->layers) {
             /* The layer that the backing node is now, may be written */
             sqcow2_layers_pop(below->set->bs);
             sqcow2_set_clips(below->layers, below->layer);
         }
-        sqcow2_drop_flat(bs);
+        sqcow2_drop_flat_locked(bs);
+        bdrv_graph_wrunlock();
     }
     bdrv_drained_end(bs);
     return ret;

@@ -172,13 +172,18 @@ static int open_layer(BlockDriverState *bs, BlockDriverState *lower,
     return ret;
 }
 
-/* Move the layer set of @lower to @bs, or make a new one; add @layer to it. */
+/*
+ * Move the layer set of @lower to @bs, or make a new one; add @layer to it, and
+ * take @view over.  Drained nodes may still be resized, in their own thread,
+ * and a resize reads and writes: so this is one step for all who hold the graph
+ * lock.
+ */
 static int take_layers(BlockDriverState *bs, BlockDriverState *lower,
-                       const Sqcow2Layer *layer, Error **errp)
+                       const Sqcow2Layer *layer, const Sqcow2View *view,
+                       Error **errp)
 {
     BDRVSqcow2State *s = bs->opaque, *ls = lower->opaque;
     BlockDriverState *set_bs;
-    int ret;
 
     if (ls->set) {
         set_bs = ls->set->bs;
@@ -189,15 +194,21 @@ static int take_layers(BlockDriverState *bs, BlockDriverState *lower,
             return -EINVAL;
         }
     }
-    ret = sqcow2_attach_set(bs, set_bs, errp);
-    if (ret < 0) {
-        return ret;
+    bdrv_graph_wrlock();
+    s->set = bdrv_attach_child(bs, set_bs, "layers", &child_of_bds,
+                               BDRV_CHILD_DATA, errp);
+    if (s->set) {
+        s->layer = ls->record.layer + 1;
+        s->layers = sqcow2_layers_append(set_bs, layer);
+        sqcow2_set_clips(s->layers, s->layer);
+        s->view = *view;
+        s->view.vouched = true;
+        sqcow2_renew_cache(bs);
+        s->mode = SQCOW2_MODE_REBUILT;
+        sqcow2_drop_flat_locked(lower);
     }
-    s->layer = ls->record.layer + 1;
-    s->layers = sqcow2_layers_append(set_bs, layer);
-    sqcow2_set_clips(s->layers, s->layer);
-    sqcow2_drop_flat(lower);
-    return 0;
+    bdrv_graph_wrunlock();
+    return s->set ? 0 : -EPERM;
 }
 
 /* See at the top of the file. */
@@ -221,7 +232,7 @@ static int absorb(BlockDriverState *bs, BlockDriverState *lower, Error **errp)
     if (ret < 0) {
         return ret;
     }
-    ret = take_layers(bs, lower, &chain.layers[0], errp);
+    ret = take_layers(bs, lower, &chain.layers[0], &view, errp);
     if (ret < 0) {
         sqcow2_chain_free(&chain);
         sqcow2_view_free(&view);
@@ -229,10 +240,6 @@ static int absorb(BlockDriverState *bs, BlockDriverState *lower, Error **errp)
     }
     g_free(chain.layers);               /* what is in it has been handed over */
 
-    s->view = view;
-    s->view.vouched = true;
-    s->mode = SQCOW2_MODE_REBUILT;
-    sqcow2_renew_cache(bs);
     if (s->has_record && bdrv_is_writable(bs)) {
         bdrv_graph_rdlock_main_loop();
         /* On failure the view in memory serves */
@@ -264,6 +271,7 @@ static bool GRAPH_RDLOCK is_new_base(BlockDriverState *bs)
 
 static void fold_drained(BlockDriverState *bs)
 {
+    BDRVSqcow2State *s = bs->opaque;
     BlockDriverState *lower;
     bool foldable, new_base;
     int ret = -ENOTSUP;
@@ -281,6 +289,7 @@ static void fold_drained(BlockDriverState *bs)
         return;
     }
     bdrv_ref(lower);
+    s->folding = true;
     if (has_sealed_index(lower)) {
         ret = absorb(bs, lower, NULL);
     }
@@ -290,6 +299,7 @@ static void fold_drained(BlockDriverState *bs)
     if (ret >= 0) {
         bdrv_set_backing_hd(bs, NULL, &error_abort);
     }
+    s->folding = false;
     bdrv_unref(lower);
 }
 
@@ -305,10 +315,13 @@ static void fold(BlockDriverState *bs)
         return;                 /* draining would disturb a job */
     }
 
-    /* Jobs may end while this waits: all is looked at again afterwards */
-    bdrv_drained_begin(bs);
+    /*
+     * Jobs may end while this waits: all is looked at again afterwards.  Nodes
+     * below have no requests when @bs has none, but clean their own caches.
+     */
+    bdrv_drain_all_begin();
     fold_drained(bs);
-    bdrv_drained_end(bs);
+    bdrv_drain_all_end();
 }
 
 /* Will folding its parent take @bs along? */

@@ -27,7 +27,10 @@
  * Locks: qcow2's s->lock (here: s->q.lock) guards the own L1 table, the own
  * L2 cache and, in this driver, the slice cache and the record.  It is held
  * for lookups, never for data I/O.  The lock of a pool of descriptors, where
- * there is one, is a leaf.  There is no other lock.
+ * there is one, and that of the idle timer are leaves.  What belongs to a flat
+ * node - set, layers, view, cache, mode - comes and goes in the main thread while
+ * the node is drained, and, as a resize comes in drained sections, too, in one
+ * step with the graph locked for writing, or with the mode last.
  */
 #ifndef BLOCK_SQCOW2_INT_H
 #define BLOCK_SQCOW2_INT_H
@@ -144,9 +147,10 @@ typedef struct Sqcow2IdleTimer Sqcow2IdleTimer;
 typedef struct BDRVSqcow2State {
     BDRVQcow2State q;           /* must be first: upstream's code sees this */
 
-    /* Set at open, changed in the main thread while the node is drained */
+    /* Set at open, changed in the main thread while the node is drained; above */
     Sqcow2Mode mode;
     bool keep_graph;            /* not to be folded: an export looks at it */
+    bool folding;               /* flat, and has its backing node as well */
     uint16_t layer;             /* own index in the running chain */
     BdrvChild *set;             /* the layer set; NULL when not flat */
     Sqcow2Layer *layers;        /* owned by the layer set's node */
@@ -707,8 +711,13 @@ int GRAPH_RDLOCK sqcow2_index_rebuild(BlockDriverState *bs, bool full,
 
 /* sqcow2-chain.c; in the main thread, without graph lock if not said */
 
-/* Drop all that makes @bs flat; it has no requests. */
+/*
+ * Drop all that makes @bs flat; it is drained.  _locked: with the graph locked
+ * for writing, as by those who need that no request of any thread, a resize
+ * either, sees the node before it has other means to read.
+ */
 void sqcow2_drop_flat(BlockDriverState *bs);
+void GRAPH_WRLOCK sqcow2_drop_flat_locked(BlockDriverState *bs);
 
 /* Can this image have an index? */
 bool sqcow2_is_indexable(BlockDriverState *bs);

@@ -180,12 +180,15 @@ sqcow2_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
 
 /*
  * A flat node takes no backing node.  Permissions are refreshed by all who
- * attach one, also where the block layer asks for a backing node only.
+ * attach one, also where the block layer asks for a backing node only; and by
+ * who resizes it, perhaps while it is folded and still has the old one.
  */
 static int GRAPH_RDLOCK sqcow2_check_perm(BlockDriverState *bs, uint64_t perm,
                                           uint64_t shared, Error **errp)
 {
-    if (bs->backing && sqcow2_is_flat(bs)) {
+    BDRVSqcow2State *s = bs->opaque;
+
+    if (bs->backing && sqcow2_is_flat(bs) && !s->folding) {
         error_setg(errp, "Node '%s' already has a backing chain",
                    bs->node_name);
         return -EINVAL;
