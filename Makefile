@@ -5,8 +5,8 @@
 #   make demo              what sqcow2 does, seen on a running system
 #   make check             every test; the last line says "N passed, N failed"
 #   make check SANITIZE=address,undefined
-#                          unit tests, iotests and power cuts on a build with sanitizers, in
-#                          build-sanitize; each of their findings is a failure
+#                          unit tests, iotests, power cuts and parallel requests on a build with
+#                          sanitizers, in build-sanitize; each of their findings is a failure
 #   make check-iotests     upstream's iotests of qcow2, on qcow2 and on sqcow2 in its place; half
 #                          an hour;  ARGS="..." goes to scripts/upstream-iotests
 #   make check-disabled    that a build with -Dsqcow2=disabled behaves as upstream's
@@ -16,6 +16,8 @@
 #                          patches, in build-upstream;  ARGS="..." goes to tests/fuzz/chain_fuzz.py
 #   make fuzz-hostile      damaged images and tables, guided by coverage, with clang and its
 #                          sanitizers, in build-fuzz;  ARGS="..." goes to tests/fuzz/hostile
+#   make fuzz-parallel     requests of several threads at once on warm overlays, some minutes;
+#                          ARGS="..." goes to build/tests/fuzz/parallel-fuzz
 #   make fork-tree DIR=d   the whole patched QEMU, our files copied in, to read as one tree
 #
 # To build by hand: ./configure && ninja -C build
@@ -53,7 +55,7 @@ build-sanitize: prepare-test
 	    $(if $(filter undefined,$(sanitizers)),--enable-ubsan)
 	@ninja -C $@ qemu-img qemu-io qemu-nbd storage-daemon/qemu-storage-daemon qemu-system-x86_64 \
 	    $(patsubst tests/unit/%.c,sqemu/%,$(wildcard tests/unit/test-sqcow2-*.c)) \
-	    sqemu/replay-hostile-images sqemu/replay-hostile-tables
+	    sqemu/replay-hostile-images sqemu/replay-hostile-tables tests/fuzz/parallel-fuzz
 
 build-as-qcow2: prepare-test
 	@mkdir -p $@
@@ -112,6 +114,9 @@ build-fuzz: deps-test
 fuzz-hostile: build-fuzz
 	@tests/fuzz/hostile --build build-fuzz $(ARGS)
 
+fuzz-parallel: prepare-test
+	@build/tests/fuzz/parallel-fuzz $(or $(ARGS),--rounds 40)
+
 fork-tree:
 	@test -n "$(DIR)" || { echo 'make fork-tree DIR=folder (which must not exist)' >&2; exit 2; }
 	@COMPLETE=1 scripts/upstream unpack "$(DIR)"
@@ -121,5 +126,5 @@ fork-tree:
 
 .PHONY: all build build-as-qcow2 build-coverage build-disabled build-fuzz build-sanitize \
         build-tools build-upstream demo check check-disabled check-iotests \
-        coverage bench bench-quick fuzz fuzz-hostile fork-tree
+        coverage bench bench-quick fuzz fuzz-hostile fuzz-parallel fork-tree
 .NOTPARALLEL:
