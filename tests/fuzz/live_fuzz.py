@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tty
 from typing import Any, Optional
 
 BLOCK = 4096
@@ -32,23 +33,34 @@ class Failure(Exception):
 
 
 class Machine:
-    """An emulator without a guest, spoken to by QMP."""
+    """An emulator without a guest, spoken to by QMP.
+
+    Its stdout is a terminal: what "qemu-io" commands say goes there, and not into the answer, and
+    would be buffered else.
+    """
 
     def __init__(self, build: str, args: list[str], log: str) -> None:
-        with open(log, "ab") as errors:
+        outer, inner = os.openpty()
+        tty.setraw(inner)
+        self.output = os.fdopen(outer, "rb")
+        self.said: list[str] = []
+        with open(log, "ab") as errors, os.fdopen(inner, "wb") as terminal:
             self.process = subprocess.Popen(
                 [os.path.join(build, "qemu-system-x86_64"), "-nodefaults", "-display", "none",
                  "-machine", "none", "-qmp", "stdio", *args],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
+                stdin=subprocess.PIPE, stdout=terminal, stderr=errors)
         self.events: list[dict[str, Any]] = []
         self._next()
         self.command("qmp_capabilities")
 
     def _next(self) -> dict[str, Any]:
-        assert self.process.stdout
-        for line in self.process.stdout:
-            if line.startswith(b"{"):       # and not "Formatting ..."
-                return json.loads(line)     # type: ignore[no-any-return]
+        try:
+            for line in self.output:
+                if line.startswith(b"{"):   # and not "Formatting ..."
+                    return json.loads(line)     # type: ignore[no-any-return]
+                self.said.append(line.decode(errors="replace"))
+        except OSError:                     # nobody has the terminal any more
+            pass
         raise Failure(f"the emulator ended: {self.process.wait()}")
 
     def command(self, name: str, /, **arguments: Any) -> Any:
@@ -67,7 +79,9 @@ class Machine:
 
     def io(self, line: str) -> str:
         """A qemu-io command on the disk; what it says."""
-        return str(self.command("human-monitor-command", command_line=f'qemu-io d0 "{line}"'))
+        self.said = []
+        answer = self.command("human-monitor-command", command_line=f'qemu-io d0 "{line}"')
+        return "".join([str(answer), *self.said])
 
     def wait_job(self) -> dict[str, Any]:
         """Wait for the job's end, complete it when it is ready."""
@@ -84,7 +98,10 @@ class Machine:
             self.process.kill()
         else:
             self.command("quit")
-        self.process.communicate(timeout=TIMEOUT)
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait(timeout=TIMEOUT)
+        self.output.close()
 
 
 class Run:

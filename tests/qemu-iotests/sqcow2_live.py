@@ -7,6 +7,8 @@ graph below changes, beside a model of what it must read
 import json
 import os
 import random
+import re
+import tty
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import iotests
@@ -37,10 +39,52 @@ def runs(data: bytes) -> List[Tuple[int, int, int]]:
     return found
 
 
+class Machine(iotests.VM):
+    """
+    A machine that can be heard while it runs.  A "qemu-io" command of its
+    monitor says what went wrong on stdout only, and in the command's answer
+    nothing; stdout is a terminal here, as it would be buffered else.
+    """
+
+    _terminal = -1
+
+    def _pre_launch(self) -> None:
+        super()._pre_launch()
+        self._said: List[str] = []
+        self._terminal, inner = os.openpty()
+        tty.setraw(inner)
+        os.set_blocking(self._terminal, False)
+        assert self._qemu_log_file
+        self._qemu_log_file.close()
+        # pylint: disable=consider-using-with
+        self._qemu_log_file = open(inner, 'wb')
+
+    def hear(self) -> str:
+        """What it has said since this was asked last."""
+        pieces = []
+        try:
+            while piece := os.read(self._terminal, 4096):
+                pieces.append(piece)
+        except OSError:         # nothing more, or it is gone
+            pass
+        said = b''.join(pieces).decode(errors='replace')
+        self._said.append(said)
+        return said
+
+    def _post_shutdown(self) -> None:
+        if self._terminal >= 0 and self._qemu_log_path:
+            self.hear()
+            os.close(self._terminal)
+            self._terminal = -1
+            with open(self._qemu_log_path, 'w', encoding='utf-8') as file:
+                file.write(''.join(self._said))
+        super()._post_shutdown()
+
+
 class Guest:
     """What a guest does with one disk, and what it must read"""
 
-    def __init__(self, vm: iotests.VM, name: str, data: bytes,
+    def __init__(self, vm: Machine, name: str, data: bytes,
                  rng: random.Random) -> None:
         self.vm = vm
         self.name = name        # of the drive, the device or the node
@@ -48,9 +92,13 @@ class Guest:
         self.rng = rng
 
     def command(self, command: str) -> str:
+        """Return what it says, but for warnings: these are of others."""
         qdev = self.name.startswith('/')
+        self.vm.hear()
         answer = self.vm.hmp_qemu_io(self.name, command, qdev=qdev)
-        return str(answer['return'])
+        said = str(answer['return']) + self.vm.hear()
+        # One may have begun before
+        return re.sub(r'^[-\w]*:? ?warning: .*\n', '', said, flags=re.M)
 
     def io(self, *ops: Op) -> None:
         model = Disk('', 'raw', self.data)
@@ -84,7 +132,7 @@ class LiveTest(TestCase):
     def setUp(self) -> None:
         super().setUp()
         self.rng = random.Random(0x11fe)
-        self.vm: Optional[iotests.VM] = None
+        self.vm: Optional[Machine] = None
         self.guests: Dict[str, Guest] = {}
 
     def tearDown(self) -> None:
@@ -92,8 +140,8 @@ class LiveTest(TestCase):
             self.vm.shutdown(hard=True)
         super().tearDown()
 
-    def launch(self, *args: str) -> iotests.VM:
-        self.vm = iotests.VM()
+    def launch(self, *args: str) -> Machine:
+        self.vm = Machine()
         # Files that become too long are an error, and no signal
         # pylint: disable=protected-access
         self.vm._wrapper = ('env', '--ignore-signal=XFSZ',
