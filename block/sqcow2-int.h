@@ -166,6 +166,7 @@ typedef struct BDRVSqcow2State {
     Sqcow2Record record;        /* as in the file */
     bool record_unsure;         /* a write failed: the file may have another */
     unsigned nb_resizing;       /* resizes in flight */
+    bool revalidate;            /* after them the index is valid again */
     bool changed;               /* S3 is done; fast path reads it unlocked */
 } BDRVSqcow2State;
 

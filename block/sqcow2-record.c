@@ -230,6 +230,7 @@ int sqcow2_invalidate_index(BlockDriverState *bs)
     uint32_t old_flags = s->record.flags;
     int ret;
 
+    s->revalidate = false;
     if (!s->has_record || (!(old_flags & SQCOW2_FLAG_INDEX_VALID) &&
                            !s->record_unsure)) {
         return 0;
@@ -253,6 +254,7 @@ int sqcow2_record_drop_tables(BlockDriverState *bs)
     if (!s->has_record) {
         return 0;
     }
+    s->revalidate = false;
     s->record.flags &= ~SQCOW2_FLAG_INDEX_VALID;
     s->record.root = s->record.layer_table = (Sqcow2TableRef) {};
     /* At the start of a session one write does both */

@@ -94,37 +94,48 @@ sqcow2_co_pwritev_compressed_part(BlockDriverState *bs, int64_t offset,
  * Before the size changes: what is cut off gets entries 0 while the disk still
  * has its old size, and that they may not stand for in a table of a valid index
  * (S7): a layer below may own those clusters.  So the index does not count until
- * the size is on disk; the tables are complete again then.  When that fails, the
- * next open makes a new index.
+ * the size is on disk; the tables are complete again then, unless something else
+ * has found a reason since why the index is wrong.  When that fails, the next
+ * open makes a new index.
  *
  * A resize is not stopped by a drained section.  It may come while backing
  * nodes are folded: either it is seen by sqcow2_index_store(), or it sees the
  * index that was stored.  q.lock is held.
  */
 static int coroutine_fn GRAPH_RDLOCK begin_resize(BlockDriverState *bs,
-                                                  bool shrinks, bool *indexed)
+                                                  bool shrinks)
 {
     BDRVSqcow2State *s = bs->opaque;
+    bool indexed = shrinks && s->has_record && s->record.layer &&
+                   s->record.flags & SQCOW2_FLAG_INDEX_VALID;
     int ret;
 
-    *indexed = shrinks && s->has_record && s->record.layer &&
-               s->record.flags & SQCOW2_FLAG_INDEX_VALID;
-    ret = *indexed ? sqcow2_invalidate_index(bs)
-                   : sqcow2_begin_change_locked(bs);
+    ret = indexed || (shrinks && s->record_unsure) ?
+          sqcow2_invalidate_index(bs) : sqcow2_begin_change_locked(bs);
     if (ret == 0) {
         s->nb_resizing++;
+        s->revalidate |= indexed;
     }
     return ret;
 }
 
 /* q.lock is held. */
 static void coroutine_fn GRAPH_RDLOCK end_resize(BlockDriverState *bs,
-                                                 bool indexed)
+                                                 bool shrinks, bool failed)
 {
     BDRVSqcow2State *s = bs->opaque;
+    bool revalidate;
 
+    if (shrinks && failed) {
+        s->revalidate = false;
+    }
     s->nb_resizing--;
-    if (indexed && qcow2_flush_caches(bs) == 0) {
+    if (s->nb_resizing) {
+        return;
+    }
+    revalidate = s->revalidate;
+    s->revalidate = false;
+    if (revalidate && qcow2_flush_caches(bs) == 0) {
         s->record.flags |= SQCOW2_FLAG_INDEX_VALID;
         if (sqcow2_record_write(bs) < 0) {
             s->record.flags &= ~SQCOW2_FLAG_INDEX_VALID;
@@ -138,11 +149,11 @@ sqcow2_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
 {
     BDRVSqcow2State *s = bs->opaque;
     int64_t old_size = bs->total_sectors * BDRV_SECTOR_SIZE;
-    bool indexed;
+    bool shrinks = offset < old_size;
     int ret;
 
     qemu_co_mutex_lock(&s->q.lock);
-    ret = begin_resize(bs, offset < old_size, &indexed);
+    ret = begin_resize(bs, shrinks);
     qemu_co_mutex_unlock(&s->q.lock);
     if (ret < 0) {
         error_setg_errno(errp, -ret, "Could not update the sQcow2 header");
@@ -159,7 +170,7 @@ sqcow2_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
     ret = bdrv_qcow2.bdrv_co_truncate(bs, offset, exact, prealloc, flags,
                                       errp);
     qemu_co_mutex_lock(&s->q.lock);
-    end_resize(bs, indexed && ret == 0);
+    end_resize(bs, shrinks, ret < 0);
     qemu_co_mutex_unlock(&s->q.lock);
     return ret;
 }
