@@ -147,7 +147,10 @@ typedef struct Sqcow2IdleTimer Sqcow2IdleTimer;
 typedef struct BDRVSqcow2State {
     BDRVQcow2State q;           /* must be first: upstream's code sees this */
 
-    /* Set at open, changed in the main thread while the node is drained; above */
+    /*
+     * Set at open, changed in the main thread while the node is drained (above);
+     * but INDEXED turns into REBUILT under q.lock
+     */
     Sqcow2Mode mode;
     bool keep_graph;            /* not to be folded: an export looks at it */
     bool folding;               /* flat, and has its backing node as well */

@@ -119,7 +119,14 @@ static int coroutine_fn GRAPH_RDLOCK begin_resize(BlockDriverState *bs,
     return ret;
 }
 
-/* q.lock is held. */
+/*
+ * After a shrink that failed, the disk may have entries 0 where qcow2 shows
+ * the layers below.  The view of these is as right as ever.  So go on as with
+ * an index that was built in memory: 0 and foreign entries mean "ask the layer
+ * below".  Nothing is stored: what the disk has of the L1 table is not known.
+ *
+ * q.lock is held.
+ */
 static void coroutine_fn GRAPH_RDLOCK end_resize(BlockDriverState *bs,
                                                  bool shrinks, bool failed)
 {
@@ -128,6 +135,9 @@ static void coroutine_fn GRAPH_RDLOCK end_resize(BlockDriverState *bs,
 
     if (shrinks && failed) {
         s->revalidate = false;
+        if (s->mode == SQCOW2_MODE_INDEXED) {
+            s->mode = SQCOW2_MODE_REBUILT;
+        }
     }
     s->nb_resizing--;
     if (s->nb_resizing) {
