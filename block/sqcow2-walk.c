@@ -28,6 +28,9 @@
 #define EXT_END 0
 #define EXT_BACKING_FORMAT 0xe2792aca
 
+#define LOOP_TEXT "stands in the backing chain twice; " \
+                  "break the loop with 'qemu-img rebase -u'"
+
 /* Incompatible features that do not change where data lies */
 #define INDEXABLE_FEATURES (QCOW2_INCOMPAT_DIRTY | QCOW2_INCOMPAT_CORRUPT | \
                             QCOW2_INCOMPAT_COMPRESSION | SQCOW2_INCOMPAT_INDEX)
@@ -50,6 +53,7 @@ typedef struct Walk {
     const Sqcow2WalkOptions *opts;
     GArray *layers;             /* of Sqcow2Layer, from the top down */
     GHashTable *seen;           /* of FileId */
+    GHashTable *seen_names;     /* of layers on other protocols */
     Sqcow2Pool *pool;           /* of all layers so far; NULL: not needed */
     char *distrust;
 
@@ -130,8 +134,7 @@ static int open_local_layer(Walk *w, Sqcow2Layer *layer, Error **errp)
         return -EINVAL;
     }
     if (!note_file(w, &st)) {
-        error_setg(errp, "stands in the backing chain twice; "
-                   "break the loop with 'qemu-img rebase -u'");
+        error_setg(errp, LOOP_TEXT);
         return -ELOOP;
     }
     /* So much for FIFOs; io_uring would not wait for the disk either */
@@ -178,6 +181,15 @@ static int open_protocol_layer(Walk *w, Sqcow2Layer *layer, Error **errp)
     bdrv_graph_wrunlock();
     if (!layer->child) {
         return -EPERM;
+    }
+    /*
+     * What has no inode is known by its name.  A loop of such layers alone
+     * comes back to the same name, or to one that is longer each time, which
+     * does not fit at last.
+     */
+    if (!g_hash_table_add(w->seen_names, g_strdup(layer->filename))) {
+        error_setg(errp, LOOP_TEXT);
+        return -ELOOP;
     }
     size = bdrv_getlength(bs);
     if (size < 0) {
@@ -746,6 +758,8 @@ int sqcow2_walk(const Sqcow2WalkOptions *opts, Sqcow2Chain *chain,
         .opts = opts,
         .layers = g_array_new(false, false, sizeof(Sqcow2Layer)),
         .seen = g_hash_table_new_full(hash_file_id, same_file_id, g_free, NULL),
+        .seen_names = g_hash_table_new_full(g_str_hash, g_str_equal, g_free,
+                                            NULL),
         .verifying = opts->record,
         .layer_table = opts->layer_table,
     };
@@ -777,6 +791,7 @@ int sqcow2_walk(const Sqcow2WalkOptions *opts, Sqcow2Chain *chain,
         }
     }
     g_hash_table_unref(w.seen);
+    g_hash_table_unref(w.seen_names);
     g_free(w.layer_table_buf);
 
     for (uint32_t i = 1; ret == 0 && i < chain->nb_layers; i++) {

@@ -32,7 +32,7 @@ def run_tool(*args: str, nofile: Optional[Tuple[int, int]] = None
     res = subprocess.run(args, stdout=subprocess.PIPE,
                          stderr=subprocess.STDOUT, timeout=TOOL_TIMEOUT,
                          universal_newlines=True, check=False,
-                         preexec_fn=limit)
+                         errors='backslashreplace', preexec_fn=limit)
     assert res.returncode >= 0, \
         f'signal {-res.returncode}: {" ".join(args)}\n{res.stdout}'
     return res.returncode, res.stdout
