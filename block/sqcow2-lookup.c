@@ -271,13 +271,18 @@ load_descriptor(BlockDriverState *bs, uint64_t guest_offset,
     return 0;
 }
 
-/* A raw layer has data alone; in other files offset 0 holds the header. */
-static bool owner_fits(const Sqcow2Layer *owner, const Sqcow2Cluster *cluster)
+/*
+ * Of a raw layer each cluster stands where the guest sees it; in other files
+ * offset 0 holds the header.
+ */
+static bool owner_fits(const Sqcow2Layer *owner, const Sqcow2Cluster *cluster,
+                       uint64_t cluster_start)
 {
-    if (cluster->kind != SQCOW2_DATA) {
-        return owner->kind != SQCOW2_LAYER_RAW;
+    if (owner->kind == SQCOW2_LAYER_RAW) {
+        return cluster->kind == SQCOW2_DATA &&
+               cluster->host_offset == cluster_start;
     }
-    return owner->kind == SQCOW2_LAYER_RAW || cluster->host_offset;
+    return cluster->kind != SQCOW2_DATA || cluster->host_offset;
 }
 
 /* Turn the cluster at @guest_offset, and those like it, into an extent. */
@@ -302,7 +307,8 @@ make_extent(Lookup *l, uint64_t guest_offset, uint64_t run_bytes,
                        " but is not below layer %u", cluster->owner,
                        guest_offset, s->layer);
     }
-    if (!owner_fits(&s->layers[cluster->owner], cluster)) {
+    if (!owner_fits(&s->layers[cluster->owner], cluster,
+                    guest_offset - in_cluster)) {
         return corrupt(l->bs, "Guest offset 0x%" PRIx64 " is not where the "
                        "index says in layer %u '%s'", guest_offset,
                        cluster->owner, layer_name(s, cluster->owner));

@@ -30,6 +30,20 @@ static bool is_vmstate(BDRVSqcow2State *s, uint64_t guest_offset)
     return guest_offset >= qcow2_vm_state_offset(&s->q);
 }
 
+/* Say which of the layers it is: qcow2 has but one. */
+static int coroutine_fn GRAPH_RDLOCK undecodable(const ReadExtent *r)
+{
+    BDRVSqcow2State *s = r->bs->opaque;
+
+    qemu_co_mutex_lock(&s->q.lock);
+    qcow2_signal_corruption(r->bs, false, -1, -1, "The compressed cluster at "
+                            "guest offset 0x%" PRIx64 " cannot be decoded, in "
+                            "layer %u '%s'", r->guest_offset, r->extent.owner,
+                            s->layers[r->extent.owner].filename);
+    qemu_co_mutex_unlock(&s->q.lock);
+    return -EIO;
+}
+
 static int coroutine_fn GRAPH_RDLOCK
 read_compressed(const ReadExtent *r)
 {
@@ -42,7 +56,7 @@ read_compressed(const ReadExtent *r)
 
     qcow2_parse_compressed_l2_entry(r->bs, e->host_offset, &coffset, &csize);
     if (coffset + csize > SQCOW2_MAX_HOST_OFFSET) {
-        return -EIO;
+        return undecodable(r);
     }
     compressed = g_try_malloc(csize);
     cluster = qemu_try_blockalign(r->bs, s->q.cluster_size);
@@ -58,7 +72,7 @@ read_compressed(const ReadExtent *r)
     if (qcow2_co_decompress_type(r->bs, s->layers[e->owner].compression_type,
                                  cluster, s->q.cluster_size, compressed,
                                  csize) < 0) {
-        ret = -EIO;
+        ret = undecodable(r);
         goto out;
     }
     qemu_iovec_from_buf(r->qiov, r->qiov_offset, cluster +
