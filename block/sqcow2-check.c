@@ -409,6 +409,12 @@ static void give_up_comparison(IndexCheck *c, Error *err)
     c->has_truth = false;
 }
 
+/* Entries behind a table's end are absent, which is 0. */
+static uint64_t root_at(const Sqcow2View *view, uint64_t l1_index)
+{
+    return l1_index < view->entries ? view->root[l1_index] : 0;
+}
+
 /* Does the root table name for each region what the layers say? */
 static void GRAPH_RDLOCK compare_root(IndexCheck *c)
 {
@@ -421,8 +427,7 @@ static void GRAPH_RDLOCK compare_root(IndexCheck *c)
     for (uint64_t i = 0; i < MAX(c->index.entries, c->truth.entries); i++) {
         int wrong = 0, first = 0, ret;
 
-        if (i < MIN(c->index.entries, c->truth.entries) &&
-            c->index.root[i] == c->truth.root[i]) {
+        if (root_at(&c->index, i) == root_at(&c->truth, i)) {
             continue;           /* the same table, perhaps of a plain layer */
         }
         if (expand(c->bs, &c->truth, i, table, want, &local_err) < 0) {
