@@ -40,7 +40,7 @@ enum {
 const char *file_name(unsigned layer)
 {
     static const char *const names[] = {
-        "layer0", "layer1", "layer2", "layer3", "layer4",
+        "layer0", "layer1", "layer2", "layer3", "layer4", "layer5", "layer6",
     };
 
     return names[layer];

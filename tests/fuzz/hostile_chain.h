@@ -19,6 +19,7 @@ enum {
     REGION = TABLE_ENTRIES * CLUSTER,
     DISK = 4 * REGION,
     MAX_LAYERS = 4,
+    MAX_OVERLAYS = 3,           /* that operations put on top */
     MAX_TABLES = 16,
     MAX_FILE = 256 * KiB,
 };
@@ -77,7 +78,20 @@ typedef enum Damage {
     DAMAGE_ANY,
 } Damage;
 
-/* The rest of an input; zeros follow */
+/*
+ * An input is a head - which chain, flags - and records of one size, so that a
+ * fuzzer can move, copy and drop them, and change one without shifting the
+ * others.  The first byte of a record says whether it is damage or an
+ * operation.  All damage is done before the first operation.
+ */
+enum {
+    HEAD_BYTES = 2,
+    RECORD_BYTES = 18,
+    RECORD_IS_OPERATION = 0x80,
+    MAX_RECORDS = 12,
+};
+
+/* The rest of an input, or of a record of it; zeros follow */
 typedef struct Input {
     const uint8_t *data;
     size_t size;
@@ -86,11 +100,14 @@ typedef struct Input {
 uint8_t input_u8(Input *in);
 uint64_t input_u64(Input *in);
 
+/* Take the next record out of @in.  False if there is none. */
+bool input_record(Input *in, Input *record);
+
 /*
- * Damage @chain, which is a copy of the intact @whole, @nb_patches times.
- * @fix_checksums: make those right again that stand for what was damaged.
+ * Damage @chain, which is a copy of the intact @whole, as flags and records of
+ * @in say.  Bit 0 of the flags: make those checksums right again that stand
+ * for what was damaged.
  */
-Damage chain_damage(Chain *chain, const Chain *whole, Input *in,
-                    unsigned nb_patches, bool fix_checksums);
+Damage chain_damage(Chain *chain, const Chain *whole, Input in);
 
 #endif /* HOSTILE_CHAIN_H */

@@ -2,10 +2,10 @@
 /*
  * Damage done to a small chain, as a fuzzer's input says
  *
- * An input is a list of patches: a layer, a place - mostly an entry of some
- * table, by its number - and a way to make a new value of the old one.  So
- * what a fuzzer changes at random is mostly something that means something.
- * At the end checksums can be made right, so that it gets past them.
+ * A record of damage has a layer, a place - mostly an entry of some table, by
+ * its number - and a way to make a new value of the old one.  So what a fuzzer
+ * changes at random is mostly something that means something.  At the end
+ * checksums can be made right, so that it gets past them.
  *
  * Each patch is judged: can a checksum tell?  Is it the index alone that is
  * wrong?  docs/sqcow2.rst, S1: the index is all but standard entries.
@@ -32,6 +32,14 @@ uint64_t input_u64(Input *in)
         value = value << 8 | input_u8(in);
     }
     return value;
+}
+
+bool input_record(Input *in, Input *record)
+{
+    *record = (Input) { .data = in->data, .size = MIN(in->size, RECORD_BYTES) };
+    in->data += record->size;
+    in->size -= record->size;
+    return record->size;
 }
 
 static unsigned input_below(Input *in, unsigned n)
@@ -351,15 +359,18 @@ static void fix_checksums(Chain *c)
     }
 }
 
-Damage chain_damage(Chain *chain, const Chain *whole, Input *in,
-                    unsigned nb_patches, bool fix)
+Damage chain_damage(Chain *chain, const Chain *whole, Input in)
 {
+    bool fix = input_u8(&in) & 1;
     Damage most = DAMAGE_NONE;
+    Input record;
 
-    while (nb_patches-- > 0) {
-        Damage damage = damage_once(in, chain, whole);
+    while (input_record(&in, &record)) {
+        if (!(record.data[0] & RECORD_IS_OPERATION)) {
+            Damage damage = damage_once(&record, chain, whole);
 
-        most = MAX(most, damage);
+            most = MAX(most, damage);
+        }
     }
     if (fix) {
         fix_checksums(chain);

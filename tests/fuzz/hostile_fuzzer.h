@@ -11,6 +11,13 @@
 
 int LLVMFuzzerInitialize(int *argc, char ***argv);
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t max_size,
+                               unsigned int seed);
+size_t LLVMFuzzerCustomCrossOver(const uint8_t *data1, size_t size1,
+                                 const uint8_t *data2, size_t size2,
+                                 uint8_t *out, size_t max_out_size,
+                                 unsigned int seed);
+size_t LLVMFuzzerMutate(uint8_t *data, size_t size, size_t max_size);
 
 /* What sanitizers ask for */
 const char *__lsan_default_suppressions(void);
@@ -24,10 +31,6 @@ void __wrap_qcow2_signal_corruption(BlockDriverState *bs, bool fatal,
                                     int64_t offset, int64_t size,
                                     const char *message_format, ...)
     G_GNUC_PRINTF(5, 6);
-int __real_qcow2_cache_get(BlockDriverState *bs, Qcow2Cache *c,
-                           uint64_t offset, void **table);
-int __wrap_qcow2_cache_get(BlockDriverState *bs, Qcow2Cache *c,
-                           uint64_t offset, void **table);
 int coroutine_fn __wrap_thread_pool_submit_co(ThreadPoolFunc *func, void *arg);
 
 #endif /* HOSTILE_FUZZER_H */

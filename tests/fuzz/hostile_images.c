@@ -3,20 +3,23 @@
  * Fuzzer of hostile images: damaged chains, opened and worked on as by
  * qemu-img, qemu-io and a guest
  *
- * Input: which chain, flags, up to seven times damage (hostile_damage.c), up
- * to four operations.  Whatever the damage, nothing may crash, hang or grow,
- * which sanitizers and libFuzzer watch over.  Beyond that, here:
+ * Input: which chain, flags, records of damage (hostile_damage.c) and of
+ * operations.  Whatever the damage, nothing may crash, hang or grow, which
+ * sanitizers and libFuzzer watch over.  Beyond that, here:
  *
  *   - where a checksum can tell of all damage, what is read is the true
  *     content, or there is an error; so also after writes, repairs, amends
  *   - where the index alone is damaged (S1), a check that finds nothing means
  *     that the content is true, and a repair brings it back
+ *   - the same through real backing nodes, which use no index, unrepaired
  *   - a check that follows a repair finds nothing
  *
  * Runs in the folder that SQCOW2_FUZZ_DIR names; it is best in memory.
  */
 #include "qemu/osdep.h"
 #include <sys/resource.h>
+#include "qemu/coroutine.h"
+#include "qemu/job.h"
 #include "qemu/main-loop.h"
 #include "qemu/option.h"
 #include "qapi/error.h"
@@ -24,6 +27,7 @@
 #include "qobject/qdict.h"
 #include "block/block-io.h"
 #include "block/block_int.h"
+#include "block/blockjob_int.h"
 #include "block/qapi.h"
 #include "block/snapshot.h"
 #include "crypto/init.h"
@@ -38,7 +42,7 @@
 
 typedef struct Run {
     unsigned top;               /* number of the active layer's file */
-    bool made;                  /* by us: the file of an overlay */
+    unsigned nb_made;           /* by us: files of overlays */
     Damage damage;
     bool repaired;              /* of damage to the index */
     bool unknown;               /* what the disk should hold */
@@ -163,16 +167,6 @@ void __wrap_qcow2_signal_corruption(BlockDriverState *bs, bool fatal,
     }
     __real_qcow2_signal_corruption(bs, fatal, offset, size, "%s",
                                    message_format);
-}
-
-/*
- * Upstream's cache aborts when it is asked for a table at offset 0, as it is
- * for an L1 entry that has nothing but its flag.  Say that it cannot be read.
- */
-int __wrap_qcow2_cache_get(BlockDriverState *bs, Qcow2Cache *c,
-                           uint64_t offset, void **table)
-{
-    return offset ? __real_qcow2_cache_get(bs, c, offset, table) : -EIO;
 }
 
 /* In place of worker threads: faster, and the same each time */
@@ -360,16 +354,101 @@ static void do_write(Run *run, Input *in)
     do_read(run, in);
 }
 
+typedef struct Copy {
+    BlockBackend *blk;
+    uint32_t from, to;
+    int ret;
+    bool done;
+} Copy;
+
+static void coroutine_fn copy_entry(void *opaque)
+{
+    Copy *copy = opaque;
+
+    copy->ret = blk_co_copy_range(copy->blk, copy->from, copy->blk, copy->to,
+                                  CLUSTER, 0, 0);
+    copy->done = true;
+}
+
+static int copy_cluster(BlockBackend *blk, uint32_t from, uint32_t to)
+{
+    Copy copy = { .blk = blk, .from = from, .to = to };
+
+    qemu_coroutine_enter(qemu_coroutine_create(copy_entry, &copy));
+    while (!copy.done) {
+        aio_poll(qemu_get_aio_context(), true);
+    }
+    return copy.ret;
+}
+
+/* What a guest does more rarely: compressed clusters, VM state, copies */
+static void do_write_more(Run *run, Input *in)
+{
+    BlockBackend *blk = open_top(run, BDRV_O_RDWR | BDRV_O_UNMAP);
+    uint8_t buf[CLUSTER];
+
+    if (!blk) {
+        return;
+    }
+    for (int i = 0; i < 4; i++) {
+        unsigned how = input_u8(in) % 4;
+        uint32_t offset = (uint32_t)input_u8(in) * CLUSTER;
+        int ret;
+
+        memset(buf, 0xe0 + i, sizeof(buf));
+        if (offset + CLUSTER > run->disk_size) {
+            continue;
+        }
+        if (how == 0) {
+            ret = blk_pwrite(blk, offset, CLUSTER, buf,
+                             BDRV_REQ_WRITE_COMPRESSED);
+        } else if (how == 1) {
+            ret = blk_save_vmstate(blk, buf, offset, sizeof(buf));
+            if (ret >= 0) {
+                blk_load_vmstate(blk, buf, offset, sizeof(buf));
+            }
+            ret = MIN(ret, 0);
+        } else if (how == 2) {
+            uint32_t from = (uint32_t)input_u8(in) * CLUSTER;
+
+            if (from + CLUSTER > run->disk_size) {
+                continue;
+            }
+            ret = copy_cluster(blk, from, offset);
+            if (ret >= 0) {
+                memcpy(buf, run->truth + from, CLUSTER);
+            }
+        } else {
+            ret = blk_pwrite_zeroes(blk, offset, CLUSTER, 0);
+            memset(buf, 0, sizeof(buf));
+        }
+        if (ret < 0) {
+            /* Not twice compressed; no copy of what another layer owns */
+            run->unknown |= run->damage != DAMAGE_NONE && how != 2;
+        } else if (how != 1) {
+            memcpy(run->truth + offset, buf, CLUSTER);
+        }
+    }
+    read_all(run, blk, content_is_known(run), "read after write");
+    blk_unref(blk);
+    do_read(run, in);
+}
+
 static void do_resize(Run *run, Input *in)
 {
+    static const PreallocMode modes[] = {
+        PREALLOC_MODE_OFF, PREALLOC_MODE_METADATA, PREALLOC_MODE_FALLOC,
+        PREALLOC_MODE_FULL,
+    };
     BlockBackend *blk = open_top(run, BDRV_O_RDWR | BDRV_O_RESIZE);
     uint64_t size = input_u8(in) * 2 * CLUSTER;
+    PreallocMode mode = modes[input_u8(in) % ARRAY_SIZE(modes)];
     int ret;
 
     if (!blk) {
         return;
     }
-    ret = blk_truncate(blk, size, false, PREALLOC_MODE_OFF, 0, NULL);
+    ret = blk_truncate(blk, size, false, mode, 0, NULL);
     if (ret == 0) {
         if (size < run->disk_size) {
             memset(run->truth + size, 0, READ_BYTES - size);
@@ -415,26 +494,115 @@ static void do_snapshots(Run *run, Input *in)
     do_read(run, in);
 }
 
-/* A snapshot: another image on top of it all */
-static void do_overlay(Run *run, Input *in)
+/* Put another image on top of it all. */
+static bool create_overlay(Run *run, int flags)
 {
     g_autofree char *options = g_strdup_printf("cluster_size=%d", CLUSTER);
     Error *local_err = NULL;
 
-    if (run->made) {
-        return;
+    if (run->nb_made == MAX_OVERLAYS) {
+        return false;
     }
     bdrv_img_create(file_name(run->top + 1), "sqcow2", file_name(run->top),
-                    "sqcow2", options, run->disk_size, 0, true, &local_err);
+                    "sqcow2", options, run->disk_size, flags, true,
+                    &local_err);
     if (local_err) {
         if (run->damage == DAMAGE_NONE) {
             failed("%s", error_get_pretty(local_err));
         }
         error_free(local_err);
+        return false;
+    }
+    return true;
+}
+
+static void do_overlay(Run *run, Input *in)
+{
+    if (create_overlay(run, 0)) {
+        run->top++;
+        run->nb_made++;
+        do_read(run, in);
+    }
+}
+
+/* What has been put off to the main loop, as folding */
+static void settle(void)
+{
+    for (int i = 0; i < 3; i++) {
+        main_loop_wait(true);
+    }
+}
+
+/* As blockdev-snapshot-sync: the old top is folded into the layer set. */
+static void do_live_snapshot(Run *run, Input *in)
+{
+    BlockBackend *blk = open_top(run, BDRV_O_RDWR);
+    BlockDriverState *old, *new = NULL;
+    QDict *options;
+
+    if (!blk) {
         return;
     }
-    run->top++;
-    run->made = true;
+    old = blk_bs(blk);
+    if (create_overlay(run, BDRV_O_NO_BACKING)) {
+        options = qdict_new();
+        qdict_put_str(options, "driver", "sqcow2");
+        new = bdrv_open(file_name(run->top + 1), NULL, options,
+                        BDRV_O_RDWR | BDRV_O_NO_BACKING, NULL);
+    }
+    if (new) {
+        bdrv_drained_begin(old);
+        if (bdrv_append(new, old, NULL) == 0) {
+            bdrv_reopen_set_read_only(old, true, NULL);
+            run->top++;
+            run->nb_made++;
+        }
+        bdrv_drained_end(old);
+        sqcow2_fold_later();
+        bdrv_unref(new);
+        settle();
+        read_all(run, blk, content_is_known(run), "read after snapshot");
+    }
+    blk_unref(blk);
+    do_read(run, in);
+}
+
+/* Everything through real nodes: no index is used. */
+static void do_graph(Run *run, Input *in)
+{
+    BlockBackend *blk = open_top(run, 0);
+    unsigned layer = input_u8(in) % MAX_LAYERS;
+
+    if (blk && sqcow2_open_graph_to(blk_bs(blk), file_name(layer),
+                                    NULL) == 0) {
+        settle();
+        read_all(run, blk, content_is_known(run), "read after folding");
+    }
+    if (blk && sqcow2_keep_graph(blk_bs(blk), NULL) == 0) {
+        read_all(run, blk, !run->unknown && run->damage <= DAMAGE_INDEX,
+                 "read through the graph");
+    }
+    blk_unref(blk);
+}
+
+/* From reading to writing and back, as when a guest is migrated */
+static void do_reopen(Run *run, Input *in)
+{
+    BlockBackend *blk = open_top(run, 0);
+
+    if (!blk) {
+        return;
+    }
+    if (bdrv_reopen_set_read_only(blk_bs(blk), false, NULL) == 0) {
+        read_all(run, blk, content_is_known(run), "read after reopen");
+        if (bdrv_inactivate_all() == 0) {
+            bdrv_activate_all(NULL);
+            read_all(run, blk, content_is_known(run), "read when active");
+        }
+        bdrv_reopen_set_read_only(blk_bs(blk), true, NULL);
+    }
+    read_all(run, blk, content_is_known(run), "read after reopen");
+    blk_unref(blk);
     do_read(run, in);
 }
 
@@ -452,28 +620,125 @@ static void do_commit(Run *run, Input *in)
         read_all(run, blk, content_is_known(run), "read through the graph");
         ret = bdrv_commit(blk_bs(blk));
     }
-    if (ret < 0 && run->damage == DAMAGE_NONE) {
+    /* ENOTSUP: a stream has left no backing file */
+    if (ret < 0 && ret != -ENOTSUP && run->damage == DAMAGE_NONE) {
         failed("commit of an intact image: %d", ret);
     }
     run->unknown |= ret < 0;
+    settle();
+    read_all(run, blk, content_is_known(run), "read after commit");
+    /* As qemu-img, which has an index stored that fits */
+    sqcow2_refresh_later(blk_bs(blk));
+    blk_unref(blk);
+    sqcow2_refresh();
+    do_read(run, in);
+}
+
+#define JOB "job"
+
+/* Let the job end, if there is one.  Returns a negative errno if it failed. */
+static int finish_job(void)
+{
+    bool completed = false;
+    Job *job;
+    int ret;
+
+    WITH_JOB_LOCK_GUARD() {
+        job = job_get_locked(JOB);
+        if (!job) {
+            return 0;
+        }
+        job_ref_locked(job);
+    }
+    while (!completed) {
+        WITH_JOB_LOCK_GUARD() {
+            completed = job_is_completed_locked(job);
+            if (!completed && job_is_ready_locked(job)) {
+                job_complete_sync_locked(job, NULL);
+                completed = true;
+            }
+        }
+        if (!completed) {
+            aio_poll(qemu_get_aio_context(), true);
+        }
+    }
+    WITH_JOB_LOCK_GUARD() {
+        ret = job->ret;
+        job_unref_locked(job);
+    }
+    return ret;
+}
+
+/* The node @n layers below @bs, or the last one that there is */
+static BlockDriverState *node_below(BlockDriverState *bs, unsigned n)
+{
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
+    while (n-- > 0 && bdrv_cow_bs(bs)) {
+        bs = bdrv_cow_bs(bs);
+    }
+    return bs;
+}
+
+/* Jobs on the chain: commit, from the active image or below it; stream */
+static void do_job(Run *run, Input *in)
+{
+    BlockBackend *blk = open_top(run, BDRV_O_RDWR);
+    unsigned how = input_u8(in) % 3;
+    unsigned from = 1 + input_u8(in) % 2;
+    unsigned to = from + input_u8(in) % 2;
+    BlockDriverState *bs, *top, *base;
+    Error *local_err = NULL;
+    int ret;
+
+    if (!blk) {
+        return;
+    }
+    bs = blk_bs(blk);
+    ret = sqcow2_open_graph(bs, true, &local_err);
+    if (ret == 0) {
+        top = node_below(bs, from);
+        base = node_below(bs, to + (how == 1));
+        if (how == 0) {
+            commit_active_start(JOB, bs, base, JOB_DEFAULT, 0,
+                                BLOCKDEV_ON_ERROR_REPORT, NULL, NULL, NULL,
+                                false, &local_err);
+        } else if (how == 1 && base != top) {
+            commit_start(JOB, bs, base, top, JOB_DEFAULT, 0,
+                         BLOCKDEV_ON_ERROR_REPORT, NULL, false, NULL,
+                         &local_err);
+        } else if (how == 2) {
+            base = node_below(base, 1) == base ? NULL : base;
+            stream_start(JOB, bs, base, base ? base->filename : NULL, false,
+                         NULL, JOB_DEFAULT, 0, BLOCKDEV_ON_ERROR_REPORT, NULL,
+                         &local_err);
+        }
+        ret = local_err ? 0 : finish_job();
+    }
+    if ((ret < 0 || local_err) && run->damage == DAMAGE_NONE) {
+        failed("job %u fails: %d %s", how, ret,
+               local_err ? error_get_pretty(local_err) : "");
+    }
+    error_free(local_err);
+    run->unknown |= ret < 0;
+    settle();
+    /* The node is the base now, which may be larger */
+    read_all(run, blk, content_is_known(run) &&
+             blk_getlength(blk) == run->disk_size, "read after job");
     blk_unref(blk);
     do_read(run, in);
 }
 
-/*
- * Where upstream's code aborts on damage that is not of the index: shrinking
- * when a refcount block's own refcount is wrong; a commit when qcow2 finds
- * meanwhile that the image is too corrupt.
- */
+/* Inputs name them by their place: add at the end. */
 static const struct {
     void (*run)(Run *, Input *);
     bool writes;
-    bool upstream_aborts;
 } operations[] = {
     { do_read }, { do_info }, { do_check }, { do_repair },
     { do_rebuild, true }, { do_amend, true }, { do_write, true },
-    { do_resize, true, true }, { do_snapshots, true },
-    { do_overlay, true }, { do_commit, true, true },
+    { do_resize, true }, { do_snapshots, true }, { do_overlay, true },
+    { do_commit, true }, { do_graph }, { do_reopen, true }, { do_job, true },
+    { do_live_snapshot, true }, { do_write_more, true },
 };
 
 static void operate(Run *run, unsigned i, Input *in)
@@ -482,9 +747,6 @@ static void operate(Run *run, unsigned i, Input *in)
     if (operations[i].writes && run->damage == DAMAGE_INDEX &&
         !run->repaired) {
         run->unknown = true;
-    }
-    if (operations[i].upstream_aborts && run->damage == DAMAGE_ANY) {
-        return;
     }
     operations[i].run(run, in);
 }
@@ -541,6 +803,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
     const char *dir = getenv("SQCOW2_FUZZ_DIR");
     /* A hostile offset is not to make a file of many TiB. */
     struct rlimit limit = { .rlim_cur = 4 * MiB, .rlim_max = RLIM_INFINITY };
+    sigset_t on_hang;
 
     real_stderr = stderr;
     /* The driver has much to say of such images. */
@@ -555,6 +818,10 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
         chains[i] = chain_new(i);
         try_intact(chains[i]);
     }
+    /* QEMU's main loop blocks the signal by which libFuzzer notices a hang. */
+    sigemptyset(&on_hang);
+    sigaddset(&on_hang, SIGALRM);
+    pthread_sigmask(SIG_UNBLOCK, &on_hang, NULL);
     signal(SIGXFSZ, SIG_IGN);
     setrlimit(RLIMIT_FSIZE, &limit);
     return 0;
@@ -565,19 +832,25 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     static Run run;
     Input in = { .data = data, .size = size };
     const Chain *whole = chains[input_u8(&in) % NB_CHAINS];
-    unsigned flags = input_u8(&in);
     Chain *c = copy_of(whole);
+    Input record;
 
     run = (Run) {
         .top = c->nb_files - 1,
         .disk_size = DISK,
-        .damage = chain_damage(c, whole, &in, (flags >> 3) % 8, flags & 1),
+        .damage = chain_damage(c, whole, in),
     };
     memcpy(run.truth, whole->truth, DISK);
     chain_write(c);
     free_copy(c);
-    for (int i = 0; i < 1 + (flags >> 1) % 4; i++) {
-        operate(&run, input_u8(&in) % ARRAY_SIZE(operations), &in);
+    input_u8(&in);              /* the flags */
+    while (input_record(&in, &record)) {
+        unsigned what = input_u8(&record);
+
+        if (what & RECORD_IS_OPERATION) {
+            operate(&run, what % RECORD_IS_OPERATION % ARRAY_SIZE(operations),
+                    &record);
+        }
     }
     return 0;
 }

@@ -4,9 +4,13 @@
  *
  *   replay FILE    one input on each line, in hex; lines with # are comments
  *
+ * An input with records (hostile_chain.h) has its head and each record as a
+ * word; zeros at a record's end are left out.
+ *
  * A line is shown before it is run, so that the last one is that which failed.
  */
 #include "qemu/osdep.h"
+#include "hostile_chain.h"
 #include "hostile_fuzzer.h"
 
 static char *make_folder(void)
@@ -36,16 +40,24 @@ static void remove_folder(char *folder)
 
 static void run_line(const char *line)
 {
-    size_t size = strlen(line) / 2;
-    g_autofree uint8_t *data = g_malloc(size + 1);
+    g_auto(GStrv) words = g_strsplit(line, " ", -1);
+    g_autoptr(GByteArray) data = g_byte_array_new();
 
-    for (size_t i = 0; i < size; i++) {
-        g_assert(g_ascii_isxdigit(line[2 * i]) &&
-                 g_ascii_isxdigit(line[2 * i + 1]));
-        data[i] = g_ascii_xdigit_value(line[2 * i]) << 4 |
-                  g_ascii_xdigit_value(line[2 * i + 1]);
+    for (int i = 0; words[i]; i++) {
+        guint end = data->len + RECORD_BYTES;
+
+        for (const char *c = words[i]; *c; c += 2) {
+            uint8_t byte = g_ascii_xdigit_value(c[0]) << 4 |
+                           g_ascii_xdigit_value(c[1]);
+
+            g_assert(g_ascii_isxdigit(c[0]) && g_ascii_isxdigit(c[1]));
+            g_byte_array_append(data, &byte, 1);
+        }
+        while (i && data->len < end) {
+            g_byte_array_append(data, (const uint8_t *)"", 1);
+        }
     }
-    LLVMFuzzerTestOneInput(data, size);
+    LLVMFuzzerTestOneInput(data->data, data->len);
 }
 
 int main(int argc, char **argv)
