@@ -296,7 +296,8 @@ static void fold_drained(BlockDriverState *bs)
     if (ret < 0) {
         ret = reopen(bs, NULL);
     }
-    if (ret >= 0) {
+    /* Storing an index may have shown that the image is too corrupt */
+    if (ret >= 0 && bs->drv) {
         bdrv_set_backing_hd(bs, NULL, &error_abort);
     }
     s->folding = false;
