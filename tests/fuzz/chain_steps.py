@@ -52,6 +52,7 @@ class Generator:
         self.tree: dict[str, Image] = {}
         self.count = 0
         self.pattern = 0
+        self.lazy = False       # an image has lazy refcounts
         self.steps: list[Step] = []
         self.cluster = self.rng.choice((512, 512, 512, 4096, 4096, 65536, 65536, *MAX_SIZES))
         self.max_size = MAX_SIZES[self.cluster]
@@ -98,6 +99,7 @@ class Generator:
                 (0.03, 512, f"data_file={image.name}.data")):
             if self.rng.random() < chance and image.cluster >= least_cluster:
                 options.append(option)
+        self.lazy = self.lazy or "lazy_refcounts=on" in options
         return options
 
     def make_chain(self) -> None:
@@ -148,7 +150,8 @@ class Generator:
             return [f"truncate {self.size()}"]
         if what < 78:
             return ["flush"]
-        if what < 80:
+        if what < 80 and not self.lazy:
+            # After a crash qcow2 may refuse to reopen a layer below with lazy refcounts
             return ["reopen -r", f"read -v {offset} {min(length, 1024)}", "reopen -w"]
         if what < 86:
             cmds, pos = [], offset
@@ -249,6 +252,7 @@ class Generator:
             if image.cluster <= 16384:      # else qcow2 takes seconds, or minutes
                 options.append("refcount_bits=64")
             option = self.rng.choice(options)
+            self.lazy = self.lazy or option == "lazy_refcounts=on"
             self.steps.append({"op": "amend", "image": image.name, "option": option})
 
     def index(self) -> None:
