@@ -650,14 +650,15 @@ static int refresh_empty(const char *filename, QDict *options)
     return ret;
 }
 
-void sqcow2_refresh(void)
+void sqcow2_refresh(bool succeeded)
 {
     g_autofree char *filename = g_steal_pointer(&refresh_filename);
     QDict *options;
 
     GLOBAL_STATE_CODE();
 
-    if (!filename) {
+    /* The user is to find a failure as it was left: opening might repair it */
+    if (!filename || !succeeded) {
         return;
     }
     options = qdict_new();

@@ -42,7 +42,7 @@ static inline void sqcow2_refresh_later(BlockDriverState *bs)
 {
 }
 
-static inline void sqcow2_refresh(void)
+static inline void sqcow2_refresh(bool succeeded)
 {
 }
 

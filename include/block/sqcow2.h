@@ -56,7 +56,7 @@ bool sqcow2_show_progress(void);
  * the next to open it will build one.
  */
 void sqcow2_refresh_later(BlockDriverState *bs);
-void sqcow2_refresh(void);
+void sqcow2_refresh(bool succeeded);
 
 /*
  * qemu-img amend: flags to add for opening an image whose @options, as the
