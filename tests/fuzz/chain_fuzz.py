@@ -359,6 +359,8 @@ def main() -> int:
                                                         range(first, first + args.runs)):
             commands += nb_commands
             passed += not said
+            if (passed + failed) % 500 == 499:
+                print(f"{passed} passed so far", flush=True)
             if said:
                 failed += 1
                 print(said, flush=True)

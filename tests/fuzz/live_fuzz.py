@@ -297,7 +297,9 @@ class Run:
 
     def step_resize(self) -> None:
         assert self.machine
-        size = max(512, len(self.model) + 512 * self.rng.randint(-600, 900))
+        # A raw file that is opened with O_DIRECT ends with a whole block
+        unit = BLOCK if self.files[0][1] == "raw" else 512
+        size = max(unit, len(self.model) // unit * unit + unit * self.rng.randint(-75, 112))
         if size > len(self.model):
             self.ok(self.machine.command("block_resize", device="d0", size=size))
             self.model.extend(bytes(size - len(self.model)))
@@ -355,7 +357,8 @@ class Run:
             getattr(self, "step_" + kind)()
             self.check_some()
         nodes = self.machine.command("query-named-block-nodes", flat=True)
-        if len(nodes) > 2 + 2 + 1:
+        # Snapshots have qcow2's default; layers with other clusters keep their nodes
+        if len(nodes) > 2 + 2 + 1 and self.cluster == 65536:
             raise Failure(f"{len(nodes)} nodes are left")
         self.machine.close(False)
         self.look_offline()
