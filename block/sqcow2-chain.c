@@ -246,15 +246,27 @@ bool sqcow2_is_indexable(BlockDriverState *bs)
            !bs->encrypted;
 }
 
-void sqcow2_index_base(BlockDriverState *bs)
+bool sqcow2_wants_index(BlockDriverState *bs)
 {
     BDRVSqcow2State *s = bs->opaque;
 
-    if (s->has_record && !(s->record.flags & SQCOW2_FLAG_INDEX_VALID)) {
-        bdrv_graph_rdlock_main_loop();
-        store_if_writable(bs);
-        bdrv_graph_rdunlock_main_loop();
+    if (!s->has_record || !bdrv_is_writable(bs) || !sqcow2_is_indexable(bs)) {
+        return false;
     }
+    if (sqcow2_is_flat(bs)) {
+        return s->mode == SQCOW2_MODE_REBUILT;
+    }
+    return !bs->backing && !bs->auto_backing_file[0] &&
+           !(s->record.flags & SQCOW2_FLAG_INDEX_VALID);
+}
+
+void sqcow2_index_wanted(BlockDriverState *bs)
+{
+    bdrv_graph_rdlock_main_loop();
+    if (sqcow2_wants_index(bs)) {
+        store_if_writable(bs);
+    }
+    bdrv_graph_rdunlock_main_loop();
 }
 
 /*
@@ -404,7 +416,7 @@ int sqcow2_open_flat(BlockDriverState *bs, QDict *options, Error **errp)
         return 1;               /* nobody will read: open nothing */
     }
     if (!bs->auto_backing_file[0]) {
-        sqcow2_index_base(bs);
+        sqcow2_index_wanted(bs);
         return 0;
     }
 

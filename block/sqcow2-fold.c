@@ -21,6 +21,9 @@
  * works is not folded; that is done when the job ends.  Whatever may have
  * left something to fold asks for it; it is done from the main loop.
  *
+ * Then an index is also stored in each node that should have one and became
+ * writable, or a base, only after it was opened.
+ *
  * Everything here runs in the main thread; the nodes are drained.
  */
 #include "qemu/osdep.h"
@@ -258,32 +261,27 @@ static int reopen(BlockDriverState *bs, Error **errp)
     return ret == 0 ? -ENOTSUP : ret;
 }
 
-/* Has a job taken away what was below? */
-static bool GRAPH_RDLOCK is_new_base(BlockDriverState *bs)
+/* A job has taken away what was below, or made the node writable */
+static bool GRAPH_RDLOCK may_be_indexed(BlockDriverState *bs)
 {
-    BDRVSqcow2State *s = bs->opaque;
-
-    return bs->drv == &bdrv_sqcow2 && !bs->backing &&
-           !bs->auto_backing_file[0] && sqcow2_is_indexable(bs) &&
-           s->has_record && !(s->record.flags & SQCOW2_FLAG_INDEX_VALID) &&
-           bdrv_is_writable(bs) && !has_job(bs);
+    return bs->drv == &bdrv_sqcow2 && sqcow2_wants_index(bs) && !has_job(bs);
 }
 
 static void fold_drained(BlockDriverState *bs)
 {
     BDRVSqcow2State *s = bs->opaque;
     BlockDriverState *lower;
-    bool foldable, new_base;
+    bool foldable, indexable;
     int ret = -ENOTSUP;
 
     bdrv_graph_rdlock_main_loop();
     foldable = is_foldable(bs);
-    new_base = is_new_base(bs);
+    indexable = may_be_indexed(bs);
     lower = foldable ? bs->backing->bs : NULL;
     bdrv_graph_rdunlock_main_loop();
 
-    if (new_base) {
-        sqcow2_index_base(bs);
+    if (indexable) {
+        sqcow2_index_wanted(bs);
     }
     if (!foldable) {
         return;
@@ -310,7 +308,7 @@ static void fold(BlockDriverState *bs)
     bool wanted;
 
     bdrv_graph_rdlock_main_loop();
-    wanted = is_foldable(bs) || is_new_base(bs);
+    wanted = is_foldable(bs) || may_be_indexed(bs);
     bdrv_graph_rdunlock_main_loop();
     if (!wanted) {
         return;                 /* draining would disturb a job */
@@ -351,8 +349,8 @@ static void fold_all(void *opaque)
     bdrv_graph_rdlock_main_loop();
     for (bs = bdrv_next_all_states(NULL); bs; bs = next) {
         next = bdrv_next_all_states(bs);
-        if (bs->drv == &bdrv_sqcow2 && !sqcow2_is_flat(bs) &&
-            !is_inner(bs)) {
+        if (bs->drv == &bdrv_sqcow2 &&
+            (!sqcow2_is_flat(bs) || may_be_indexed(bs)) && !is_inner(bs)) {
             bdrv_ref(bs);
             g_ptr_array_add(found, bs);
         }

@@ -743,10 +743,14 @@ int coroutine_fn GRAPH_RDLOCK
 sqcow2_reactivate(BlockDriverState *bs, const Sqcow2Record *old, Error **errp);
 
 /*
- * An image without layers below, which it may have lost by a stream or rebase,
- * is a base: if it is writable and its index is not valid, store one.
+ * Should an index be stored in @bs?  So it is in a writable base, one that lost
+ * its layers to a stream or rebase as well, whose index is not valid; and in a
+ * flat node that became writable after its index was rebuilt in memory.
  */
-void sqcow2_index_base(BlockDriverState *bs);
+bool GRAPH_RDLOCK sqcow2_wants_index(BlockDriverState *bs);
+
+/* If so, store it.  On failure what is in memory serves on.  Main thread. */
+void sqcow2_index_wanted(BlockDriverState *bs);
 
 /* As sqcow2_open_graph() and sqcow2_open_graph_to(), but for good */
 int sqcow2_make_real(BlockDriverState *bs, bool all, Error **errp);

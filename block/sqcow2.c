@@ -163,6 +163,9 @@ static void sqcow2_reopen_commit(BDRVReopenState *state)
     if (s->mode != SQCOW2_MODE_OFF) {
         sqcow2_renew_cache(state->bs);  /* for a new slice size, interval */
     }
+    if (s->mode == SQCOW2_MODE_REBUILT && state->flags & BDRV_O_RDWR) {
+        sqcow2_fold_later();            /* the index can be stored now */
+    }
 }
 
 static void GRAPH_RDLOCK
