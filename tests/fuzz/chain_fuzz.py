@@ -167,6 +167,9 @@ class Executor:
     def do_commit(self, name: str, step: Step) -> None:
         if step["base"] not in below(self.tree, name)[1:]:
             return
+        if self.is_dirty(str(step["base"])):
+            # Unpatched qcow2 writes to it all the same, and overwrites data
+            self.do_check(str(step["base"]), step)
         self.on_image(name, "commit", "-q", "-b", str(step["base"]),
                       *(["-d"] if step["keep"] else []), name)
 
