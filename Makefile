@@ -55,7 +55,7 @@ build-sanitize: prepare-test
 	    $(if $(filter undefined,$(sanitizers)),--enable-ubsan)
 	@ninja -C $@ qemu-img qemu-io qemu-nbd storage-daemon/qemu-storage-daemon qemu-system-x86_64 \
 	    $(patsubst tests/unit/%.c,sqemu/%,$(wildcard tests/unit/test-sqcow2-*.c)) \
-	    sqemu/replay-hostile-images sqemu/replay-hostile-tables tests/fuzz/parallel-fuzz
+	    $(addprefix tests/fuzz/,replay-hostile-images replay-hostile-tables parallel-fuzz)
 
 build-as-qcow2: prepare-test
 	@mkdir -p $@

@@ -630,7 +630,7 @@ static void do_commit(Run *run, Input *in)
     /* As qemu-img, which has an index stored that fits */
     sqcow2_refresh_later(blk_bs(blk));
     blk_unref(blk);
-    sqcow2_refresh();
+    sqcow2_refresh(ret == 0);
     do_read(run, in);
 }
 
