@@ -677,3 +677,30 @@ int sqcow2_layer_pread(const Sqcow2Layer *layer, uint64_t host_offset,
     sqcow2_layer_put(layer);
     return ret;
 }
+
+bool sqcow2_layer_is_hole(const Sqcow2Layer *layer, uint64_t host_offset,
+                          uint64_t *bytes)
+{
+    off_t data, hole;
+
+    if (layer->fd < 0) {
+        return false;
+    }
+    data = lseek(layer->fd, host_offset, SEEK_DATA);
+    if (data < 0 && errno == ENXIO) {
+        /* No data up to the end; where has that got to? */
+        return lseek(layer->fd, 0, SEEK_END) >= (off_t)layer->file_size;
+    }
+    if (data < 0) {
+        return false;
+    }
+    if (data > (off_t)host_offset) {
+        *bytes = MIN(*bytes, data - host_offset);
+        return true;
+    }
+    hole = lseek(layer->fd, host_offset, SEEK_HOLE);
+    if (hole > (off_t)host_offset) {
+        *bytes = MIN(*bytes, hole - host_offset);
+    }
+    return false;
+}

@@ -332,6 +332,15 @@ int sqcow2_layer_pread(const Sqcow2Layer *layer, uint64_t host_offset,
                        uint64_t bytes, void *buf);
 
 /*
+ * Is the file of @layer a hole at @host_offset?  Sets *@bytes, which is greater
+ * than 0, to the part from there that is alike.  What cannot be told is data:
+ * of layers that have no descriptor of their own, and behind the end of a file
+ * that has become shorter.  Blocks as lseek() does.  Any thread.
+ */
+bool sqcow2_layer_is_hole(const Sqcow2Layer *layer, uint64_t host_offset,
+                          uint64_t *bytes);
+
+/*
  * A descriptor of the layer, or a negative number if it has none.  Blocking.
  * Good until it is put back, once.
  */

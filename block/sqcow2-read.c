@@ -174,6 +174,31 @@ sqcow2_co_preadv_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
     return ret;
 }
 
+/*
+ * A raw layer owns its holes as well.  *@pnum, a multiple of the alignment of
+ * requests, becomes what is alike, and stays such a multiple.
+ */
+static bool GRAPH_RDLOCK is_raw_hole(BlockDriverState *bs,
+                                     const Sqcow2Extent *e, int64_t *pnum)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    const Sqcow2Layer *layer = &s->layers[e->owner];
+    uint32_t align = bs->bl.request_alignment;
+    uint64_t alike = *pnum;
+    bool hole;
+
+    if (layer->kind != SQCOW2_LAYER_RAW) {
+        return false;
+    }
+    hole = sqcow2_layer_is_hole(layer, e->host_offset, &alike);
+    if (hole && alike < align) {
+        hole = false;
+    }
+    *pnum = MIN(*pnum, hole ? QEMU_ALIGN_DOWN(alike, align) :
+                              QEMU_ALIGN_UP(alike, align));
+    return hole;
+}
+
 int coroutine_fn
 sqcow2_co_block_status(BlockDriverState *bs, bool want_zero, int64_t offset,
                        int64_t bytes, int64_t *pnum, int64_t *map,
@@ -201,6 +226,9 @@ sqcow2_co_block_status(BlockDriverState *bs, bool want_zero, int64_t offset,
     *pnum = extent.bytes;
     switch (extent.kind) {
     case SQCOW2_DATA:
+        if (want_zero && is_raw_hole(bs, &extent, pnum)) {
+            return BDRV_BLOCK_ZERO;
+        }
         return BDRV_BLOCK_DATA;
     case SQCOW2_COMPRESSED:
         return BDRV_BLOCK_DATA | BDRV_BLOCK_COMPRESSED;
