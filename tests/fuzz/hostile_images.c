@@ -448,7 +448,9 @@ static void do_resize(Run *run, Input *in)
     if (!blk) {
         return;
     }
-    ret = blk_truncate(blk, size, false, mode, 0, NULL);
+    /* By itself qcow2 takes free clusters as they are: not zeros, then */
+    ret = blk_truncate(blk, size, false, mode, mode == PREALLOC_MODE_METADATA ?
+                       BDRV_REQ_ZERO_WRITE : 0, NULL);
     if (ret == 0) {
         if (size < run->disk_size) {
             memset(run->truth + size, 0, READ_BYTES - size);
