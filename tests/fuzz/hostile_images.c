@@ -448,9 +448,10 @@ static void do_resize(Run *run, Input *in)
     if (!blk) {
         return;
     }
-    /* By itself qcow2 takes free clusters as they are: not zeros, then */
-    ret = blk_truncate(blk, size, false, mode, mode == PREALLOC_MODE_METADATA ?
-                       BDRV_REQ_ZERO_WRITE : 0, NULL);
+    /* Preallocation takes free clusters as they are, unless zeros are wanted */
+    ret = blk_truncate(blk, size, false, mode,
+                       mode == PREALLOC_MODE_OFF ? 0 : BDRV_REQ_ZERO_WRITE,
+                       NULL);
     if (ret == 0) {
         if (size < run->disk_size) {
             memset(run->truth + size, 0, READ_BYTES - size);
