@@ -129,8 +129,8 @@ static void make_stamped(Chain *c)
         uint32_t size;
         uint8_t data[2], zeros[2], compressed[2];
     } layers[MAX_LAYERS] = {
-        { 112 * KiB, { 0, 9 }, { 70, 71 }, { 130, 133 } },
-        { 80 * KiB, { 4, 6 }, { 8, 8 }, { 72, 74 } },
+        { 224 * CLUSTER, { 0, 9 }, { 70, 71 }, { 130, 133 } },
+        { 160 * CLUSTER, { 4, 6 }, { 8, 8 }, { 72, 74 } },
         { DISK, { 66, 68 }, { 5, 5 }, { 140, 141 } },
         { DISK, { 10, 11 }, { 69, 69 }, { 12, 12 } },
     };

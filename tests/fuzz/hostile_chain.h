@@ -9,19 +9,27 @@
 #ifndef HOSTILE_CHAIN_H
 #define HOSTILE_CHAIN_H
 
-#include "qemu/units.h"
 #include "block/sqcow2-format.h"
 
+/*
+ * With 512 bytes all that a header or table can name is aligned to clusters,
+ * and a table has one slice.  Larger clusters are a build of their own.
+ */
+#ifndef HOSTILE_CLUSTER_BITS
+#define HOSTILE_CLUSTER_BITS 9
+#endif
+
 enum {
-    CLUSTER_BITS = 9,
+    CLUSTER_BITS = HOSTILE_CLUSTER_BITS,
     CLUSTER = 1 << CLUSTER_BITS,
     TABLE_ENTRIES = CLUSTER / 8,
     REGION = TABLE_ENTRIES * CLUSTER,
-    DISK = 4 * REGION,
+    DISK = 256 * CLUSTER,
     MAX_LAYERS = 4,
     MAX_OVERLAYS = 3,           /* that operations put on top */
     MAX_TABLES = 16,
-    MAX_FILE = 256 * KiB,
+    MAX_FILE = 512 * CLUSTER,
+    SLICE = 512,                /* bytes of an L2 table */
 };
 
 /* All files have this modification time, which their layer tables name. */

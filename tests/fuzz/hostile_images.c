@@ -78,6 +78,7 @@ static BlockBackend *open_top(const Run *run, int flags)
     BlockBackend *blk;
 
     qdict_put_str(options, "driver", "sqcow2");
+    qdict_put_int(options, "l2-cache-entry-size", SLICE);
     blk = blk_new_open(file_name(run->top), NULL, options,
                        flags | BDRV_O_NO_FLUSH, NULL);
     if (!blk && run->damage == DAMAGE_NONE) {
@@ -805,7 +806,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
 {
     const char *dir = getenv("SQCOW2_FUZZ_DIR");
     /* A hostile offset is not to make a file of many TiB. */
-    struct rlimit limit = { .rlim_cur = 4 * MiB, .rlim_max = RLIM_INFINITY };
+    struct rlimit limit = { .rlim_cur = 16 * MAX_FILE, .rlim_max = RLIM_INFINITY };
     sigset_t on_hang;
 
     real_stderr = stderr;

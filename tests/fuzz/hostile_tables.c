@@ -13,6 +13,7 @@
 #include "qemu/osdep.h"
 #include "qemu/bswap.h"
 #include "qemu/crc32c.h"
+#include "qemu/units.h"
 #include "qapi/error.h"
 #include "../../block/sqcow2-int.h"
 #include "hostile_fuzzer.h"
