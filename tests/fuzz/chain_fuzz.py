@@ -17,6 +17,7 @@ script. Known to be avoided: a compressed write that is not the first change of 
 import argparse
 import dataclasses
 import functools
+import json
 import multiprocessing
 import os
 import random
@@ -218,6 +219,20 @@ class Executor:
             for option in options:
                 self.run("a", ["qemu-img", "amend", "-q", "-f", "sqcow2", "-o",
                                f"index={option}", name])
+            self.correct_links(name)
+
+    def correct_links(self, name: str) -> None:
+        """
+        An image above may have been amended when @name was plain, and says so.  That is an
+        error, and the user's to correct.
+        """
+        for upper, image in self.tree.items():
+            if image.backing == name and image.kind != "raw" and self.has_index(name):
+                info = json.loads(self.run("a", ["qemu-img", "info", "--output=json",
+                                                 upper]).stdout)
+                if info.get("backing-filename-format") == "qcow2":
+                    self.run("a", ["qemu-img", "rebase", "-q", "-u", "-f", fmt(image.kind, "a"),
+                                   "-F", "sqcow2", "-b", name, upper])
 
     def do_bitmap(self, name: str, step: Step) -> None:
         self.on_image(name, "bitmap", str(step["what"]), name, "bits")
