@@ -262,9 +262,18 @@ bool sqcow2_wants_index(BlockDriverState *bs)
 
 void sqcow2_index_wanted(BlockDriverState *bs)
 {
+    BDRVSqcow2State *s = bs->opaque;
+
     bdrv_graph_rdlock_main_loop();
     if (sqcow2_wants_index(bs)) {
+        /* Headers and tables of layers are read as they come, not aligned */
+        if (s->set) {
+            sqcow2_layers_set_direct(s->set->bs, false);
+        }
         store_if_writable(bs);
+        if (s->set) {
+            sqcow2_layers_set_direct(s->set->bs, true);
+        }
     }
     bdrv_graph_rdunlock_main_loop();
 }
