@@ -37,6 +37,9 @@ typedef struct Builder {
     uint32_t *first;            /* source of each region */
     uint32_t *last;
     uint32_t tables_left;       /* of MAX_TABLES_READ */
+    uint32_t walk_top;          /* places that the last walk went over, by */
+    uint32_t walk_bottom;       /*     vouched_down_to(), and what it found */
+    uint32_t walk_result;
     bool trust;                 /* false: only standard entries count (S1) */
 } Builder;
 
@@ -92,11 +95,18 @@ static uint32_t described_down_to(Builder *b, uint32_t place,
  * is @rec, vouches.  S8, but a part of what S8 demands will do: the state of
  * a layer stands for all that its index says of the layers below it, so as
  * long as the hops match, the index tells the truth about these layers.
+ *
+ * From all places that one walk goes over, it would be the same walk: so no
+ * header is read for more than one, however many segments there are.
  */
 static uint32_t vouched_down_to(Builder *b, uint32_t place, Sqcow2Record rec)
 {
     Sqcow2Record below;
 
+    if (place <= b->walk_top && place >= b->walk_bottom) {
+        return b->walk_result;
+    }
+    b->walk_top = place;
     while (place && !rec.layer_table.entries &&
            has_index(b, place - 1, &below) &&
            !memcmp(below.stamp, rec.below_stamp, SQCOW2_STAMP_SIZE) &&
@@ -104,7 +114,10 @@ static uint32_t vouched_down_to(Builder *b, uint32_t place, Sqcow2Record rec)
         rec = below;
         place--;
     }
-    return rec.layer_table.entries ? described_down_to(b, place, &rec) : place;
+    b->walk_bottom = place;
+    b->walk_result = rec.layer_table.entries ?
+                     described_down_to(b, place, &rec) : place;
+    return b->walk_result;
 }
 
 /* Can all entries of the root table be followed, as far as they count? */
@@ -356,6 +369,7 @@ int sqcow2_view_build(BlockDriverState *bs, const Sqcow2Record *record,
         .cluster_bits = s->q.cluster_bits,
         .region_size = sqcow2_region_size(&s->q),
         .tables_left = MAX_TABLES_READ,
+        .walk_bottom = UINT32_MAX,
         .trust = trust,
     };
     int ret = -ENOMEM;
