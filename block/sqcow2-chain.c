@@ -480,13 +480,13 @@ static int chain_was_changed(BlockDriverState *bs, Error **errp)
 {
     error_setg(errp, "The backing chain of '%s' was changed by another "
                "process; open it again", bs->filename);
-    sqcow2_before_unusable(bs);
-    bs->drv = NULL;             /* as qcow2 when it cannot read its header */
     return -EINVAL;
 }
 
-int sqcow2_reactivate(BlockDriverState *bs, const Sqcow2Record *old,
-                      Error **errp)
+/* On failure, *@usable: the node is as before. */
+static int coroutine_fn GRAPH_RDLOCK
+reactivate(BlockDriverState *bs, const Sqcow2Record *old, bool *usable,
+           Error **errp)
 {
     BDRVSqcow2State *s = bs->opaque;
     g_autofree uint8_t *layer_table = NULL;
@@ -495,6 +495,7 @@ int sqcow2_reactivate(BlockDriverState *bs, const Sqcow2Record *old,
     Sqcow2Chain chain;
     int ret;
 
+    *usable = false;
     if (!bs->auto_backing_file[0]) {
         return chain_was_changed(bs, errp);
     }
@@ -515,6 +516,7 @@ int sqcow2_reactivate(BlockDriverState *bs, const Sqcow2Record *old,
         ret = sqcow2_walk(&opts, &chain, errp);
     }
     if (ret < 0) {
+        *usable = true;
         return ret;
     }
 
@@ -528,12 +530,30 @@ int sqcow2_reactivate(BlockDriverState *bs, const Sqcow2Record *old,
     ret = make_view(bs, errp);
     qemu_co_mutex_unlock(&s->q.lock);
     if (ret < 0) {
-        sqcow2_before_unusable(bs);
-        bs->drv = NULL;
         return ret;
     }
     sqcow2_layers_set_direct(s->set->bs, true);
     return 0;
+}
+
+int sqcow2_reactivate(BlockDriverState *bs, const Sqcow2Record *old,
+                      Error **errp)
+{
+    bool usable;
+    int ret = reactivate(bs, old, &usable, errp);
+
+    if (ret < 0) {
+        /*
+         * qcow2's code has taken persistent bitmaps from the image.  Layers
+         * cannot be looked at earlier: what it has read says which they are.
+         */
+        bdrv_qcow2.bdrv_inactivate(bs);
+        if (!usable) {
+            sqcow2_before_unusable(bs);
+            bs->drv = NULL;     /* as qcow2 when it cannot read its header */
+        }
+    }
+    return ret;
 }
 
 /*
