@@ -139,7 +139,7 @@ static int GRAPH_RDLOCK index_off(BlockDriverState *bs,
     correct_backing_format(bs);
     ret = sqcow2_record_remove(bs, errp);
     if (ret == 0 && had_record) {
-        sqcow2_free_tables(bs, &old);
+        sqcow2_free_tables(bs, &old, NULL);
     }
     return ret;
 }
@@ -204,6 +204,9 @@ static int GRAPH_RDLOCK index_on(BlockDriverState *bs, bool rebuild,
     int ret;
 
     ret = check_indexable(bs, errp);
+    if (ret == 0) {
+        ret = sqcow2_snapshots_fit(s, errp);
+    }
     if (ret < 0) {
         return ret;
     }

@@ -595,6 +595,12 @@ int GRAPH_RDLOCK sqcow2_for_each_own_table(BlockDriverState *bs, bool write,
                                            void *opaque, Error **errp);
 
 /*
+ * Write the L1 table of the active disk as it is in memory, not flushed.
+ * q.lock held in coroutines.  Returns 0 or a negative errno.
+ */
+int GRAPH_RDLOCK sqcow2_write_l1(BlockDriverState *bs);
+
+/*
  * Turn all foreign entries into 0, which means "ask the layer below" too
  * while the index is not valid: it must not be.  q.lock held in coroutines.
  * @progress: may be NULL.  Returns 0, or a negative errno with @errp set.
@@ -690,9 +696,17 @@ int GRAPH_RDLOCK sqcow2_index_empty(BlockDriverState *bs, Error **errp);
  * and layer tables, and merged tables.  Only a table whose checksum is right
  * is certainly still ours; better leak the clusters of another than free
  * somebody's data.  q.lock held in coroutines.
+ * @kept: what is named now; merged tables that are in it, too, stay.  Or NULL
  */
 void GRAPH_RDLOCK sqcow2_free_tables(BlockDriverState *bs,
-                                     const Sqcow2Record *old);
+                                     const Sqcow2Record *old,
+                                     const Sqcow2View *kept);
+
+/*
+ * S10 keeps us from telling what lies behind the active disk's end.
+ * Returns 0, or -ENOTSUP with @errp set: no index can be stored.
+ */
+int sqcow2_snapshots_fit(BDRVSqcow2State *s, Error **errp);
 
 /* Read the layer table; NULL with @errp set on error, or if empty. */
 uint8_t *sqcow2_read_layer_table(BlockDriverState *bs,

@@ -9,9 +9,14 @@
  * that sets the feature bit and names them.  For an existing one: new stamp
  * and "index valid" cleared, flush; own L2 tables completed in place (what is
  * not a standard entry means nothing while the index is invalid, so a cut
- * anywhere is harmless) and new tables written, flush; then the record that
- * names the new ones.  The old tables are freed last: a cut before that leaks
- * them.
+ * anywhere is harmless), new tables and the L1 table written, flush; then the
+ * record that names the new ones.  Old tables that the new root table does not
+ * name are freed last: a cut before that leaks them.
+ *
+ * The L1 table, because an I/O error may have left an entry on disk that memory
+ * does not have.  The table that it names is not completed, and an entry 0 in
+ * it would stand for zeros once the index is valid (S7).  What memory has is
+ * what the guest was told; that table is leaked.
  */
 #include "qemu/osdep.h"
 #include "qemu/crc32c.h"
@@ -340,19 +345,21 @@ static int GRAPH_RDLOCK complete_table(BlockDriverState *bs,
     return changed;
 }
 
-/* S10 keeps us from telling what lies behind the active disk's end. */
-static bool snapshots_fit(BDRVSqcow2State *s)
+int sqcow2_snapshots_fit(BDRVSqcow2State *s, Error **errp)
 {
     for (int i = 0; i < s->q.nb_snapshots; i++) {
         if (size_to_l1(&s->q, s->q.snapshots[i].disk_size) >
             s->q.l1_vm_state_index) {
-            return false;
+            error_setg(errp, "An internal snapshot is larger than the disk; "
+                       "no index can be stored");
+            return -ENOTSUP;
         }
     }
-    return true;
+    return 0;
 }
 
-void sqcow2_free_tables(BlockDriverState *bs, const Sqcow2Record *old)
+void sqcow2_free_tables(BlockDriverState *bs, const Sqcow2Record *old,
+                        const Sqcow2View *kept)
 {
     BDRVSqcow2State *s = bs->opaque;
     g_autofree uint8_t *layer_table = sqcow2_read_layer_table(bs, old, NULL);
@@ -369,6 +376,9 @@ void sqcow2_free_tables(BlockDriverState *bs, const Sqcow2Record *old)
     for (uint32_t i = 0; i < view.entries; i++) {
         Sqcow2Root root;
 
+        if (kept && i < kept->entries && kept->root[i] == view.root[i]) {
+            continue;
+        }
         if (sqcow2_decode_root(view.root[i], old->layer, s->q.cluster_bits,
                                &root) == 0 &&
             root.kind == SQCOW2_ROOT_TABLE && root.layer == old->layer) {
@@ -468,12 +478,10 @@ static int GRAPH_RDLOCK store(BlockDriverState *bs, Error **errp)
         error_setg(errp, "The image is being resized");
         return -EBUSY;
     }
-    if (!snapshots_fit(s)) {
-        error_setg(errp, "An internal snapshot is larger than the disk; no "
-                   "index can be stored");
-        return -ENOTSUP;
+    ret = sqcow2_snapshots_fit(s, errp);
+    if (ret == 0) {
+        ret = sqcow2_invalidate_index(bs);
     }
-    ret = sqcow2_invalidate_index(bs);
     if (ret == 0) {
         ret = sqcow2_begin_change_locked(bs);
     }
@@ -486,6 +494,9 @@ static int GRAPH_RDLOCK store(BlockDriverState *bs, Error **errp)
     }
     if (ret == 0) {
         ret = sqcow2_for_each_own_table(bs, true, complete_table, NULL, errp);
+    }
+    if (ret == 0) {
+        ret = sqcow2_write_l1(bs);
     }
     if (ret == 0) {
         ret = qcow2_flush_caches(bs);
@@ -507,7 +518,11 @@ static int GRAPH_RDLOCK store(BlockDriverState *bs, Error **errp)
     s->view.sources = NULL;
     s->fits = true;
     g_clear_pointer(&s->distrust, g_free);
-    sqcow2_free_tables(bs, &old);
+    /*
+     * A view that was loaded, or whose storing has failed after all tables were
+     * written, has tables of its own that stay.
+     */
+    sqcow2_free_tables(bs, &old, &s->view);
     if (s->cache) {
         /* Clusters of tables that it may have are free now */
         sqcow2_cache_clear(s->cache);

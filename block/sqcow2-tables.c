@@ -203,6 +203,28 @@ int sqcow2_for_each_own_table(BlockDriverState *bs, bool write,
     return ret;
 }
 
+int sqcow2_write_l1(BlockDriverState *bs)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    size_t bytes = (size_t)s->q.l1_size * L1E_SIZE;
+    g_autofree uint64_t *l1 = g_try_malloc(bytes);
+    int ret;
+
+    if (!bytes) {
+        return 0;
+    }
+    if (!l1) {
+        return -ENOMEM;
+    }
+    for (int i = 0; i < s->q.l1_size; i++) {
+        l1[i] = cpu_to_be64(s->q.l1_table[i]);
+    }
+    ret = qcow2_pre_write_overlap_check(bs, QCOW2_OL_ACTIVE_L1,
+                                        s->q.l1_table_offset, bytes, false);
+    return ret < 0 ? ret :
+        bdrv_pwrite(bs->file, s->q.l1_table_offset, bytes, l1, 0);
+}
+
 /* A foreign entry says what the layers below say anyway, and so does 0. */
 static int forget_foreign(BlockDriverState *bs, Sqcow2OwnTable *table,
                           void *opaque)

@@ -123,7 +123,8 @@ static int coroutine_fn GRAPH_RDLOCK begin_resize(BlockDriverState *bs,
  * After a shrink that failed, the disk may have entries 0 where qcow2 shows
  * the layers below.  The view of these is as right as ever.  So go on as with
  * an index that was built in memory: 0 and foreign entries mean "ask the layer
- * below".  Nothing is stored: what the disk has of the L1 table is not known.
+ * below".  Nothing is stored here; what the disk has of the L1 table is not
+ * known, and whoever stores the index later writes that as well.
  *
  * q.lock is held.
  */
