@@ -55,7 +55,7 @@ build-sanitize: prepare-test
 	    $(if $(filter undefined,$(sanitizers)),--enable-ubsan)
 	@ninja -C $@ qemu-img qemu-io qemu-nbd storage-daemon/qemu-storage-daemon qemu-system-x86_64 \
 	    $(patsubst tests/unit/%.c,sqemu/%,$(wildcard tests/unit/test-sqcow2-*.c)) \
-	    $(addprefix tests/fuzz/,$(addprefix replay-hostile-,images images-1k tables) parallel-fuzz)
+	    $(addprefix tests/fuzz/,$(addprefix replay-hostile-,images images-1k images-faults tables) parallel-fuzz)
 
 build-as-qcow2: prepare-test
 	@mkdir -p $@
@@ -109,7 +109,7 @@ fuzz: build-tools build-upstream
 build-fuzz: deps-test
 	@mkdir -p $@
 	@cd $@ && ../tests/fuzz/hostile --configure
-	@ninja -C $@ $(addprefix sqemu/fuzz-hostile-,images images-1k tables)
+	@ninja -C $@ $(addprefix sqemu/fuzz-hostile-,images images-1k images-faults tables)
 
 fuzz-hostile: build-fuzz
 	@tests/fuzz/hostile --build build-fuzz $(ARGS)

@@ -96,6 +96,7 @@ enum {
     HEAD_BYTES = 2,
     RECORD_BYTES = 18,
     RECORD_IS_OPERATION = 0x80,
+    RECORD_HAS_FAULT = 0x40,    /* an operation; only with HOSTILE_FAULTS */
     MAX_RECORDS = 12,
 };
 

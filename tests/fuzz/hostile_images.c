@@ -14,6 +14,9 @@
  *   - the same through real backing nodes, which use no index, unrepaired
  *   - a check that follows a repair finds nothing
  *
+ * With HOSTILE_FAULTS, requests fail in some operations.  Then the operation may
+ * fail, but content and the operations that follow must be right.
+ *
  * Runs in the folder that SQCOW2_FUZZ_DIR names; it is best in memory.
  */
 #include "qemu/osdep.h"
@@ -48,6 +51,7 @@ typedef struct Run {
     bool unknown;               /* what the disk should hold */
     uint64_t disk_size;
     uint8_t truth[READ_BYTES];  /* zeros behind the disk's end */
+    bool unsure[READ_BYTES];    /* or what a write that failed was to put there */
 } Run;
 
 static Chain *chains[NB_CHAINS];
@@ -72,6 +76,12 @@ static bool content_is_known(const Run *run)
                              (run->damage == DAMAGE_INDEX && run->repaired));
 }
 
+/* Is there no reason why an operation should fail? */
+static bool must_work(const Run *run)
+{
+    return run->damage == DAMAGE_NONE && !fault.fired;
+}
+
 static BlockBackend *open_top(const Run *run, int flags)
 {
     QDict *options = qdict_new();
@@ -80,8 +90,8 @@ static BlockBackend *open_top(const Run *run, int flags)
     qdict_put_str(options, "driver", "sqcow2");
     qdict_put_int(options, "l2-cache-entry-size", SLICE);
     blk = blk_new_open(file_name(run->top), NULL, options,
-                       flags | BDRV_O_NO_FLUSH, NULL);
-    if (!blk && run->damage == DAMAGE_NONE) {
+                       HOSTILE_FAULTS ? flags : flags | BDRV_O_NO_FLUSH, NULL);
+    if (!blk && must_work(run)) {
         failed("an intact image does not open");
     }
     return blk;
@@ -91,7 +101,7 @@ static void compare(const Run *run, uint64_t offset, const uint8_t *buf,
                     uint64_t bytes, const char *when)
 {
     for (uint64_t i = 0; i < bytes; i++) {
-        if (buf[i] != run->truth[offset + i]) {
+        if (buf[i] != run->truth[offset + i] && !run->unsure[offset + i]) {
             failed("%s: wrong byte 0x%02x instead of 0x%02x at 0x%" PRIx64,
                    when, buf[i], run->truth[offset + i], offset + i);
         }
@@ -113,7 +123,7 @@ static void read_all(const Run *run, BlockBackend *blk, bool must_be_true,
         int64_t bytes = MIN(STEP, size - pos);
         int ret = blk_pread(blk, pos, bytes, buf, 0);
 
-        if (ret < 0 && run->damage == DAMAGE_NONE) {
+        if (ret < 0 && must_work(run)) {
             failed("%s: an intact image cannot be read: %d", when, ret);
         }
         if (ret >= 0 && must_be_true) {
@@ -222,7 +232,7 @@ static void do_check(Run *run, Input *in)
         return;
     }
     clean = check(blk, 0, &res);
-    if (!clean && run->damage == DAMAGE_NONE) {
+    if (!clean && must_work(run)) {
         failed("check finds something in an intact image");
     }
     read_all(run, blk, content_is_known(run) ||
@@ -252,12 +262,12 @@ static void do_repair(Run *run, Input *in)
     }
     blk = open_top(run, BDRV_O_CHECK);
     if (!blk) {
-        if (content_is_known(run)) {
+        if (content_is_known(run) && !fault.fired) {
             failed("a repaired image does not open");
         }
         return;
     }
-    if (!check(blk, 0, &res) && content_is_known(run)) {
+    if (!check(blk, 0, &res) && content_is_known(run) && !fault.fired) {
         failed("check finds something after a repair: %d corruptions, %d "
                "errors", res.corruptions, res.check_errors);
     }
@@ -287,8 +297,12 @@ static void amend(Run *run, const char *options)
     ret = bdrv_amend_options(blk_bs(blk), opts, amend_progress, NULL, false,
                              NULL);
     bdrv_graph_rdunlock_main_loop();
-    /* ENOTSUP: an internal snapshot is larger than the disk now */
-    if (ret < 0 && ret != -ENOTSUP && run->damage == DAMAGE_NONE) {
+    /*
+     * ENOTSUP: an internal snapshot is larger than the disk now.  EINVAL: no
+     * index to rebuild, as it was taken away, and a fault kept it away
+     */
+    if (ret < 0 && ret != -ENOTSUP && !(HOSTILE_FAULTS && ret == -EINVAL) &&
+        must_work(run)) {
         failed("'%s' fails with an intact image: %d", options, ret);
     }
     qemu_opts_del(opts);
@@ -309,6 +323,26 @@ static void do_amend(Run *run, Input *in)
     do_read(run, in);
     amend(run, "index=on");
     do_read(run, in);
+}
+
+/* Note what is in @bytes at @offset after a write of @buf that returned @ret. */
+static void written(Run *run, uint64_t offset, const uint8_t *buf,
+                    uint64_t bytes, int ret)
+{
+    if (ret < 0 && run->damage == DAMAGE_NONE) {
+        memset(run->unsure + offset, true, bytes);
+        return;
+    }
+    run->unknown |= ret < 0;
+    memcpy(run->truth + offset, buf, bytes);
+    memset(run->unsure + offset, false, bytes);
+}
+
+/* What could not be flushed is still in caches, and is not to get lost. */
+static void close_written(BlockBackend *blk)
+{
+    fault.armed = false;
+    blk_unref(blk);
 }
 
 /* What a guest does: write, zeroes, discard, flush */
@@ -339,19 +373,16 @@ static void do_write(Run *run, Input *in)
         } else {
             ret = blk_pwrite(blk, offset, bytes, buf, 0);
         }
-        if (ret < 0 && run->damage == DAMAGE_NONE) {
+        if (ret < 0 && must_work(run)) {
             failed("write to an intact image: %d", ret);
         }
-        if (ret < 0) {
-            run->unknown = true;
-        }
-        memcpy(run->truth + offset, buf, bytes);
+        written(run, offset, buf, bytes, ret);
     }
-    if (blk_flush(blk) < 0) {
+    if (blk_flush(blk) < 0 && run->damage != DAMAGE_NONE) {
         run->unknown = true;
     }
     read_all(run, blk, content_is_known(run), "read after write");
-    blk_unref(blk);
+    close_written(blk);
     do_read(run, in);
 }
 
@@ -400,6 +431,10 @@ static void do_write_more(Run *run, Input *in)
         if (offset + CLUSTER > run->disk_size) {
             continue;
         }
+        /* qcow2 names a compressed cluster first; if it cannot be written... */
+        if (how == 0 && fault.armed) {
+            continue;
+        }
         if (how == 0) {
             ret = blk_pwrite(blk, offset, CLUSTER, buf,
                              BDRV_REQ_WRITE_COMPRESSED);
@@ -423,15 +458,15 @@ static void do_write_more(Run *run, Input *in)
             ret = blk_pwrite_zeroes(blk, offset, CLUSTER, 0);
             memset(buf, 0, sizeof(buf));
         }
-        if (ret < 0) {
+        if (ret < 0 && !fault.fired) {
             /* Not twice compressed; no copy of what another layer owns */
             run->unknown |= run->damage != DAMAGE_NONE && how != 2;
         } else if (how != 1) {
-            memcpy(run->truth + offset, buf, CLUSTER);
+            written(run, offset, buf, CLUSTER, ret);
         }
     }
     read_all(run, blk, content_is_known(run), "read after write");
-    blk_unref(blk);
+    close_written(blk);
     do_read(run, in);
 }
 
@@ -456,13 +491,22 @@ static void do_resize(Run *run, Input *in)
     if (ret == 0) {
         if (size < run->disk_size) {
             memset(run->truth + size, 0, READ_BYTES - size);
+            memset(run->unsure + size, false, READ_BYTES - size);
         }
         run->disk_size = size;
+    } else if (fault.fired && run->damage == DAMAGE_NONE) {
+        if (size < run->disk_size) {
+            memset(run->unsure + size, true, run->disk_size - size);
+        }
+        close_written(blk);
+        fault.fired = false;
+        blk = open_top(run, 0);
+        run->disk_size = blk_getlength(blk);
     } else {
         /* Cut off in part; or there are internal snapshots */
         run->unknown = run->damage != DAMAGE_NONE;
     }
-    blk_unref(blk);
+    close_written(blk);
     do_read(run, in);
 }
 
@@ -484,8 +528,8 @@ static void do_snapshots(Run *run, Input *in)
     if (nb > 0 && list) {
         unsigned i = input_u8(in) % nb;
 
-        if (bdrv_snapshot_goto(blk_bs(blk), list[i].id_str, NULL) < 0 ||
-            strcmp(list[i].name, "new")) {
+        if ((bdrv_snapshot_goto(blk_bs(blk), list[i].id_str, NULL) < 0 &&
+             !fault.fired) || strcmp(list[i].name, "new")) {
             run->unknown = true;
         }
         read_all(run, blk, content_is_known(run), "read after revert");
@@ -494,6 +538,10 @@ static void do_snapshots(Run *run, Input *in)
         bdrv_graph_rdunlock_main_loop();
     }
     g_free(list);
+    if (fault.fired && run->damage == DAMAGE_NONE) {
+        /* qcow2 leaves flags and refcounts that do not agree; data is right */
+        run->damage = DAMAGE_DETECTABLE;
+    }
     blk_unref(blk);
     do_read(run, in);
 }
@@ -511,7 +559,7 @@ static bool create_overlay(Run *run, int flags)
                     "sqcow2", options, run->disk_size, flags, true,
                     &local_err);
     if (local_err) {
-        if (run->damage == DAMAGE_NONE) {
+        if (must_work(run)) {
             failed("%s", error_get_pretty(local_err));
         }
         error_free(local_err);
@@ -625,10 +673,11 @@ static void do_commit(Run *run, Input *in)
         ret = bdrv_commit(blk_bs(blk));
     }
     /* ENOTSUP: a stream has left no backing file */
-    if (ret < 0 && ret != -ENOTSUP && run->damage == DAMAGE_NONE) {
+    if (ret < 0 && ret != -ENOTSUP && must_work(run)) {
         failed("commit of an intact image: %d", ret);
     }
-    run->unknown |= ret < 0;
+    run->unknown |= ret < 0 && run->damage != DAMAGE_NONE;
+    fault.armed = false;            /* as close_written() */
     settle();
     read_all(run, blk, content_is_known(run), "read after commit");
     /* As qemu-img, which has an index stored that fits */
@@ -719,12 +768,12 @@ static void do_job(Run *run, Input *in)
         }
         ret = local_err ? 0 : finish_job();
     }
-    if ((ret < 0 || local_err) && run->damage == DAMAGE_NONE) {
+    if ((ret < 0 || local_err) && must_work(run)) {
         failed("job %u fails: %d %s", how, ret,
                local_err ? error_get_pretty(local_err) : "");
     }
     error_free(local_err);
-    run->unknown |= ret < 0;
+    run->unknown |= ret < 0 && run->damage != DAMAGE_NONE;
     settle();
     /* The node is the base now, which may be larger */
     read_all(run, blk, content_is_known(run) &&
@@ -747,12 +796,14 @@ static const struct {
 
 static void operate(Run *run, unsigned i, Input *in)
 {
+    fault.fired = false;
     /* An index that lies costs content if it is not repaired first. */
     if (operations[i].writes && run->damage == DAMAGE_INDEX &&
         !run->repaired) {
         run->unknown = true;
     }
     operations[i].run(run, in);
+    fault.armed = false;
 }
 
 /*
@@ -818,6 +869,9 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
     qcrypto_init(&error_abort);
     bdrv_init();
     qemu_init_main_loop(&error_abort);
+    if (HOSTILE_FAULTS) {
+        fault_install();
+    }
     for (unsigned i = 0; i < NB_CHAINS; i++) {
         chains[i] = chain_new(i);
         try_intact(chains[i]);
@@ -852,6 +906,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         unsigned what = input_u8(&record);
 
         if (what & RECORD_IS_OPERATION) {
+            if (HOSTILE_FAULTS && what & RECORD_HAS_FAULT) {
+                fault.after = input_u8(&record);
+                fault.armed = true;
+            }
             operate(&run, what % RECORD_IS_OPERATION % ARRAY_SIZE(operations),
                     &record);
         }

@@ -8,6 +8,8 @@
  * word; zeros at a record's end are left out.
  *
  * A line is shown before it is run, so that the last one is that which failed.
+ *
+ * With HOSTILE_FAULTS, then each request of each operation fails in turn.
  */
 #include "qemu/osdep.h"
 #include "hostile_chain.h"
@@ -60,6 +62,34 @@ static void run_line(const char *line)
     LLVMFuzzerTestOneInput(data->data, data->len);
 }
 
+/*
+ * On each chain each operation, with a fault at the n-th request; something is
+ * written before and after, and the image is checked and indexed anew.
+ */
+#define NB_OPERATIONS 16
+#define NB_REQUESTS 64
+
+static int run_faults(void)
+{
+    int nb = 0;
+
+    for (unsigned chain = 0; chain < NB_CHAINS; chain++) {
+        for (unsigned i = 0; i < NB_OPERATIONS * NB_REQUESTS; i++) {
+            g_autofree char *line = g_strdup_printf(
+                "%02x00 86010302002803030701 %02x%02x010502000908031401023c02 "
+                "86010602014603020901 82 84 82",
+                chain, RECORD_IS_OPERATION | RECORD_HAS_FAULT |
+                i / NB_REQUESTS, i % NB_REQUESTS);
+
+            printf("fault: %s\n", line);
+            fflush(stdout);
+            run_line(line);
+            nb++;
+        }
+    }
+    return nb;
+}
+
 int main(int argc, char **argv)
 {
     g_autofree char *text = NULL;
@@ -81,6 +111,9 @@ int main(int argc, char **argv)
             run_line(lines[i]);
             nb++;
         }
+    }
+    if (HOSTILE_FAULTS) {
+        nb += run_faults();
     }
     remove_folder(folder);
     printf("%d inputs\n", nb);
