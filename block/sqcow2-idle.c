@@ -7,9 +7,10 @@
  *
  * The timer is one of the main thread, which alone begins drained sections.  It
  * starts a coroutine in the node's thread, which takes q.lock as all users of
- * the cache do, and counts as a request: whoever drains afterwards waits for it.
- * While the node is drained nothing is started, as those who drained it may use
- * the cache without the lock, and nothing is counted, as they rely on that, too.
+ * the cache do, and counts as a request: whoever drains afterwards waits for
+ * it.  While the node is drained nothing is started, as those who drained it
+ * may use the cache without the lock, and nothing is counted, as they rely on
+ * that, too.
  *
  * An inactive node is activated in its own thread, and the timer stopped there,
  * perhaps while its callback runs.  So it is an object of its own, with a lock:

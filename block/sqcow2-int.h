@@ -28,9 +28,9 @@
  * L2 cache and, in this driver, the slice cache and the record.  It is held
  * for lookups, never for data I/O.  The lock of a pool of descriptors, where
  * there is one, and that of the idle timer are leaves.  What belongs to a flat
- * node - set, layers, view, cache, mode - comes and goes in the main thread while
- * the node is drained, and, as a resize comes in drained sections, too, in one
- * step with the graph locked for writing, or with the mode last.
+ * node - set, layers, view, cache, mode - comes and goes in the main thread
+ * while the node is drained, and, as a resize comes in drained sections, too,
+ * in one step with the graph locked for writing, or with the mode last.
  */
 #ifndef BLOCK_SQCOW2_INT_H
 #define BLOCK_SQCOW2_INT_H
@@ -148,8 +148,8 @@ typedef struct BDRVSqcow2State {
     BDRVQcow2State q;           /* must be first: upstream's code sees this */
 
     /*
-     * Set at open, changed in the main thread while the node is drained (above);
-     * but INDEXED turns into REBUILT under q.lock
+     * Set at open, changed in the main thread while the node is drained
+     * (above); but INDEXED turns into REBUILT under q.lock
      */
     Sqcow2Mode mode;
     bool keep_graph;            /* not to be folded: an export looks at it */

@@ -93,10 +93,10 @@ sqcow2_co_pwritev_compressed_part(BlockDriverState *bs, int64_t offset,
 /*
  * Before the size changes: what is cut off gets entries 0 while the disk still
  * has its old size, and that they may not stand for in a table of a valid index
- * (S7): a layer below may own those clusters.  So the index does not count until
- * the size is on disk; the tables are complete again then, unless something else
- * has found a reason since why the index is wrong.  When that fails, the next
- * open makes a new index.
+ * (S7): a layer below may own those clusters.  So the index does not count
+ * until the size is on disk; the tables are complete again then, unless
+ * something else has found a reason since why the index is wrong.  When that
+ * fails, the next open makes a new index.
  *
  * A resize is not stopped by a drained section.  It may come while backing
  * nodes are folded: either it is seen by sqcow2_index_store(), or it sees the

@@ -323,7 +323,7 @@ static int GRAPH_RDLOCK sqcow2_inactivate(BlockDriverState *bs)
     return ret;
 }
 
-/* In the test build: version 2, and for tests that look for bytes in the file */
+/* In the test build: version 2, and tests that look for bytes in the file */
 static bool is_to_be_plain(const BDRVQcow2State *q)
 {
     return SQCOW2_IS_QCOW2 && (q->qcow_version < 3 || getenv("SQCOW2_PLAIN"));

@@ -93,8 +93,8 @@ static void __attribute__((constructor)) init(void)
         log_fd = real_open(log, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC,
                            0600);
     }
-    if (fail && *fail && sscanf(fail, "%7[rwtf]:%u:%d:%7s", fail_kinds, &fail_nth,
-                       &fail_errno, fail_how) != 4) {
+    if (fail && *fail && sscanf(fail, "%7[rwtf]:%u:%d:%7s", fail_kinds,
+                                &fail_nth, &fail_errno, fail_how) != 4) {
         fprintf(stderr, "CRASH_FAIL is wrong: %s\n", fail);
         _exit(99);
     }

@@ -19,7 +19,7 @@ size_t LLVMFuzzerCustomCrossOver(const uint8_t *data1, size_t size1,
                                  unsigned int seed);
 size_t LLVMFuzzerMutate(uint8_t *data, size_t size, size_t max_size);
 
-/* hostile_faults.c: when armed, so many requests to files succeed, and then one fails */
+/* hostile_faults.c: when armed, some requests succeed, and then one fails */
 #ifndef HOSTILE_FAULTS
 #define HOSTILE_FAULTS 0
 #endif

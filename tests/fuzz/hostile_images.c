@@ -14,7 +14,7 @@
  *   - the same through real backing nodes, which use no index, unrepaired
  *   - a check that follows a repair finds nothing
  *
- * With HOSTILE_FAULTS, requests fail in some operations.  Then the operation may
+ * With HOSTILE_FAULTS, a request fails in some operations.  Then these may
  * fail, but content and the operations that follow must be right.
  *
  * Runs in the folder that SQCOW2_FUZZ_DIR names; it is best in memory.
@@ -51,7 +51,7 @@ typedef struct Run {
     bool unknown;               /* what the disk should hold */
     uint64_t disk_size;
     uint8_t truth[READ_BYTES];  /* zeros behind the disk's end */
-    bool unsure[READ_BYTES];    /* or what a write that failed was to put there */
+    bool unsure[READ_BYTES];    /* a write failed there */
 } Run;
 
 static Chain *chains[NB_CHAINS];
@@ -325,7 +325,7 @@ static void do_amend(Run *run, Input *in)
     do_read(run, in);
 }
 
-/* Note what is in @bytes at @offset after a write of @buf that returned @ret. */
+/* Note what is at @offset after a write of @buf that returned @ret. */
 static void written(Run *run, uint64_t offset, const uint8_t *buf,
                     uint64_t bytes, int ret)
 {
@@ -857,7 +857,10 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
 {
     const char *dir = getenv("SQCOW2_FUZZ_DIR");
     /* A hostile offset is not to make a file of many TiB. */
-    struct rlimit limit = { .rlim_cur = 16 * MAX_FILE, .rlim_max = RLIM_INFINITY };
+    struct rlimit limit = {
+        .rlim_cur = 16 * MAX_FILE,
+        .rlim_max = RLIM_INFINITY,
+    };
     sigset_t on_hang;
 
     real_stderr = stderr;

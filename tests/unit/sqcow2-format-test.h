@@ -3,8 +3,9 @@
  * sQcow2 on-disk format: what its unit tests share
  *
  * What is expected there is computed from the byte and bit tables of
- * docs/sqcow2.rst, never with the masks of block/sqcow2-format.c: put_be() here,
- * ref_crc32c() and the *_is_legal() predicates are a second reading of them.
+ * docs/sqcow2.rst, never with the masks of block/sqcow2-format.c: put_be()
+ * here, ref_crc32c() and the *_is_legal() predicates are a second reading of
+ * them.
  *
  * The random tests print their seed; SQCOW2_TEST_SEED=N repeats one.
  */

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * sQcow2 on-disk format: L2 entries, standard and foreign; how they are inherited
+ * sQcow2 on-disk format: L2 entries, standard and foreign; how they are
+ * inherited
  */
 #include "qemu/osdep.h"
 #include "sqcow2-format-test.h"
@@ -402,5 +403,6 @@ int main(void)
     };
 
     cmocka_set_message_output(CM_OUTPUT_TAP);
-    return cmocka_run_group_tests_name("sqcow2-format-entries", tests, NULL, NULL);
+    return cmocka_run_group_tests_name("sqcow2-format-entries", tests, NULL,
+                                       NULL);
 }

@@ -354,5 +354,6 @@ int main(void)
     };
 
     cmocka_set_message_output(CM_OUTPUT_TAP);
-    return cmocka_run_group_tests_name("sqcow2-format-record", tests, NULL, NULL);
+    return cmocka_run_group_tests_name("sqcow2-format-record", tests, NULL,
+                                       NULL);
 }
