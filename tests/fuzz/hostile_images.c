@@ -504,7 +504,7 @@ static void do_resize(Run *run, Input *in)
         run->disk_size = blk_getlength(blk);
     } else {
         /* Cut off in part; or there are internal snapshots */
-        run->unknown = run->damage != DAMAGE_NONE;
+        run->unknown |= run->damage != DAMAGE_NONE;
     }
     close_written(blk);
     do_read(run, in);
