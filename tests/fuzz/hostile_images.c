@@ -345,38 +345,44 @@ static void close_written(BlockBackend *blk)
     blk_unref(blk);
 }
 
+/* One write of @byte, zeroes or discard */
+static void write_some(Run *run, BlockBackend *blk, uint8_t byte, Input *in)
+{
+    uint8_t buf[3 * CLUSTER];
+    unsigned how = input_u8(in) % 4;
+    uint32_t offset = (uint32_t)input_u8(in) * CLUSTER +
+                      (how ? 0 : input_u8(in));
+    uint32_t bytes = how ? (1 + input_u8(in) % 3) * CLUSTER
+                         : 1 + input_u8(in);
+    int ret;
+
+    memset(buf, how < 2 ? byte : 0, sizeof(buf));
+    if (offset + bytes > run->disk_size) {
+        return;
+    }
+    if (how == 3) {
+        ret = blk_pdiscard(blk, offset, bytes, 0);
+    } else if (how == 2) {
+        ret = blk_pwrite_zeroes(blk, offset, bytes, BDRV_REQ_MAY_UNMAP);
+    } else {
+        ret = blk_pwrite(blk, offset, bytes, buf, 0);
+    }
+    if (ret < 0 && must_work(run)) {
+        failed("write to an intact image: %d", ret);
+    }
+    written(run, offset, buf, bytes, ret);
+}
+
 /* What a guest does: write, zeroes, discard, flush */
 static void do_write(Run *run, Input *in)
 {
     BlockBackend *blk = open_top(run, BDRV_O_RDWR | BDRV_O_UNMAP);
-    uint8_t buf[3 * CLUSTER];
 
     if (!blk) {
         return;
     }
     for (int i = 0; i < 4; i++) {
-        unsigned how = input_u8(in) % 4;
-        uint32_t offset = (uint32_t)input_u8(in) * CLUSTER +
-                          (how ? 0 : input_u8(in));
-        uint32_t bytes = how ? (1 + input_u8(in) % 3) * CLUSTER
-                             : 1 + input_u8(in);
-        int ret;
-
-        memset(buf, how < 2 ? 0xd0 + i : 0, sizeof(buf));
-        if (offset + bytes > run->disk_size) {
-            continue;
-        }
-        if (how == 3) {
-            ret = blk_pdiscard(blk, offset, bytes, 0);
-        } else if (how == 2) {
-            ret = blk_pwrite_zeroes(blk, offset, bytes, BDRV_REQ_MAY_UNMAP);
-        } else {
-            ret = blk_pwrite(blk, offset, bytes, buf, 0);
-        }
-        if (ret < 0 && must_work(run)) {
-            failed("write to an intact image: %d", ret);
-        }
-        written(run, offset, buf, bytes, ret);
+        write_some(run, blk, 0xd0 + i, in);
     }
     if (blk_flush(blk) < 0 && run->damage != DAMAGE_NONE) {
         run->unknown = true;
@@ -470,6 +476,44 @@ static void do_write_more(Run *run, Input *in)
     do_read(run, in);
 }
 
+/* Returns a negative errno if the size on disk is not known now. */
+static int resize(Run *run, BlockBackend *blk, uint64_t size,
+                  PreallocMode mode)
+{
+    uint64_t kept = MIN(size, run->disk_size);
+    int ret;
+
+    /* Preallocation takes free clusters as they are, unless zeros are wanted */
+    ret = blk_truncate(blk, size, false, mode,
+                       mode == PREALLOC_MODE_OFF ? 0 : BDRV_REQ_ZERO_WRITE,
+                       NULL);
+    if (ret == 0) {
+        memset(run->truth + kept, 0, READ_BYTES - kept);
+        memset(run->unsure + kept, false, READ_BYTES - kept);
+        run->disk_size = size;
+    } else if (fault.fired && run->damage == DAMAGE_NONE) {
+        memset(run->unsure + kept, true, run->disk_size - kept);
+        run->disk_size = blk_getlength(blk);
+        return ret;
+    } else {
+        /* Cut off in part; or there are internal snapshots */
+        run->unknown |= run->damage != DAMAGE_NONE;
+    }
+    return 0;
+}
+
+/* After a resize of unknown success, or before; @blk is open for it. */
+static void close_resized(Run *run, BlockBackend *blk, bool failed)
+{
+    close_written(blk);
+    if (failed) {
+        fault.fired = false;
+        blk = open_top(run, 0);
+        run->disk_size = blk_getlength(blk);
+        blk_unref(blk);
+    }
+}
+
 static void do_resize(Run *run, Input *in)
 {
     static const PreallocMode modes[] = {
@@ -479,34 +523,11 @@ static void do_resize(Run *run, Input *in)
     BlockBackend *blk = open_top(run, BDRV_O_RDWR | BDRV_O_RESIZE);
     uint64_t size = input_u8(in) * 2 * CLUSTER;
     PreallocMode mode = modes[input_u8(in) % ARRAY_SIZE(modes)];
-    int ret;
 
     if (!blk) {
         return;
     }
-    /* Preallocation takes free clusters as they are, unless zeros are wanted */
-    ret = blk_truncate(blk, size, false, mode,
-                       mode == PREALLOC_MODE_OFF ? 0 : BDRV_REQ_ZERO_WRITE,
-                       NULL);
-    if (ret == 0) {
-        if (size < run->disk_size) {
-            memset(run->truth + size, 0, READ_BYTES - size);
-            memset(run->unsure + size, false, READ_BYTES - size);
-        }
-        run->disk_size = size;
-    } else if (fault.fired && run->damage == DAMAGE_NONE) {
-        if (size < run->disk_size) {
-            memset(run->unsure + size, true, run->disk_size - size);
-        }
-        close_written(blk);
-        fault.fired = false;
-        blk = open_top(run, 0);
-        run->disk_size = blk_getlength(blk);
-    } else {
-        /* Cut off in part; or there are internal snapshots */
-        run->unknown |= run->damage != DAMAGE_NONE;
-    }
-    close_written(blk);
+    close_resized(run, blk, resize(run, blk, size, mode) < 0);
     do_read(run, in);
 }
 
@@ -635,6 +656,40 @@ static void do_graph(Run *run, Input *in)
                  "read through the graph");
     }
     blk_unref(blk);
+}
+
+/* All this in one session, which goes on after what fails in it */
+static void do_session(Run *run, Input *in)
+{
+    BlockBackend *blk = open_top(run, BDRV_O_RDWR | BDRV_O_RESIZE |
+                                 BDRV_O_UNMAP);
+    bool size_unknown = false;
+
+    if (!blk) {
+        return;
+    }
+    for (int i = 0; i < 4; i++) {
+        switch (input_u8(in) % 4) {
+        case 0:
+            if (resize(run, blk, input_u8(in) * 2 * CLUSTER,
+                       PREALLOC_MODE_OFF) < 0) {
+                size_unknown = true;
+            }
+            break;
+        case 1:             /* to real nodes, and back */
+            sqcow2_open_graph(blk_bs(blk), false, NULL);
+            if (input_u8(in) % 2) {
+                write_some(run, blk, 0xf0 + i, in);
+            }
+            settle();
+            break;
+        default:
+            write_some(run, blk, 0xf8 + i, in);
+        }
+        read_all(run, blk, content_is_known(run), "read in session");
+    }
+    close_resized(run, blk, size_unknown);
+    do_read(run, in);
 }
 
 /* From reading to writing and back, as when a guest is migrated */
@@ -792,7 +847,11 @@ static const struct {
     { do_resize, true }, { do_snapshots, true }, { do_overlay, true },
     { do_commit, true }, { do_graph }, { do_reopen, true }, { do_job, true },
     { do_live_snapshot, true }, { do_write_more, true },
+    { do_session, true },
 };
+
+/* Others than the one with faults lack the last: inputs keep their meaning */
+#define NB_OPERATIONS (ARRAY_SIZE(operations) - !HOSTILE_FAULTS)
 
 static void operate(Run *run, unsigned i, Input *in)
 {
@@ -833,7 +892,7 @@ static void try_intact(const Chain *c)
 {
     static Run run;
 
-    for (int i = 0; i < ARRAY_SIZE(operations); i++) {
+    for (int i = 0; i < NB_OPERATIONS; i++) {
         Input in = {};
         BlockBackend *blk;
 
@@ -913,7 +972,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
                 fault.after = input_u8(&record);
                 fault.armed = true;
             }
-            operate(&run, what % RECORD_IS_OPERATION % ARRAY_SIZE(operations),
+            operate(&run, what % RECORD_HAS_FAULT % NB_OPERATIONS,
                     &record);
         }
     }

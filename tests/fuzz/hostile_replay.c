@@ -66,7 +66,7 @@ static void run_line(const char *line)
  * On each chain each operation, with a fault at the n-th request; something is
  * written before and after, and the image is checked and indexed anew.
  */
-#define NB_OPERATIONS 16
+#define NB_OPERATIONS 17
 #define NB_REQUESTS 64
 
 static int run_faults(void)
