@@ -16,6 +16,8 @@ import iotests
 from sqcow2_format import Image, patch_record
 
 TOOL_TIMEOUT = 120  # seconds; far above what any call needs
+if 'ASAN_OPTIONS' in os.environ:
+    TOOL_TIMEOUT *= 6
 
 
 def run_tool(*args: str, nofile: Optional[Tuple[int, int]] = None
