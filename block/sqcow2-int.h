@@ -595,7 +595,8 @@ int GRAPH_RDLOCK sqcow2_for_each_own_table(BlockDriverState *bs, bool write,
                                            void *opaque, Error **errp);
 
 /*
- * Write the L1 table of the active disk as it is in memory, not flushed.
+ * Write the L1 table of the active disk as it is in memory, not flushed, if
+ * that on disk differs.
  * q.lock held in coroutines.  Returns 0 or a negative errno.
  */
 int GRAPH_RDLOCK sqcow2_write_l1(BlockDriverState *bs);

@@ -9,9 +9,9 @@
  * that sets the feature bit and names them.  For an existing one: new stamp
  * and "index valid" cleared, flush; own L2 tables completed in place (what is
  * not a standard entry means nothing while the index is invalid, so a cut
- * anywhere is harmless), new tables and the L1 table written, flush; then the
- * record that names the new ones.  Old tables that the new root table does not
- * name are freed last: a cut before that leaks them.
+ * anywhere is harmless), new tables and, if memory differs, the L1 table
+ * written, flush; then the record that names the new ones.  Old tables that the
+ * new root table does not name are freed last: a cut before that leaks them.
  *
  * The L1 table, because an I/O error may have left an entry on disk that memory
  * does not have.  The table that it names is not completed, and an entry 0 in

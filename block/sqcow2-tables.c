@@ -208,16 +208,21 @@ int sqcow2_write_l1(BlockDriverState *bs)
     BDRVSqcow2State *s = bs->opaque;
     size_t bytes = (size_t)s->q.l1_size * L1E_SIZE;
     g_autofree uint64_t *l1 = g_try_malloc(bytes);
+    g_autofree uint64_t *on_disk = g_try_malloc(bytes);
     int ret;
 
     if (!bytes) {
         return 0;
     }
-    if (!l1) {
+    if (!l1 || !on_disk) {
         return -ENOMEM;
     }
     for (int i = 0; i < s->q.l1_size; i++) {
         l1[i] = cpu_to_be64(s->q.l1_table[i]);
+    }
+    ret = bdrv_pread(bs->file, s->q.l1_table_offset, bytes, on_disk, 0);
+    if (ret < 0 || !memcmp(l1, on_disk, bytes)) {
+        return ret;
     }
     ret = qcow2_pre_write_overlap_check(bs, QCOW2_OL_ACTIVE_L1,
                                         s->q.l1_table_offset, bytes, false);
