@@ -484,6 +484,7 @@ BlockBackend *admin_open(const Plan *p, IOThread **all_threads)
     saved = false;
     resize = (Resize) {};
     size = p->disk_size;
+    g_free(top);
     top = g_strdup_printf("layer-%u", p->nb_layers);
     for (int i = 0; i < ARRAY_SIZE(works); i++) {
         works[i].nb_done = 0;
