@@ -109,19 +109,23 @@ static int GRAPH_UNLOCKED end_session(BlockDriverState *bs)
     return ret;
 }
 
+/* The layer set stays: it goes with the node's children. */
+static void free_index(BDRVSqcow2State *s)
+{
+    s->mode = SQCOW2_MODE_OFF;
+    sqcow2_view_free(&s->view);
+    sqcow2_cache_free(s->cache);
+    s->cache = NULL;
+    g_clear_pointer(&s->distrust, g_free);
+}
+
 static void GRAPH_UNLOCKED sqcow2_close(BlockDriverState *bs)
 {
     BDRVSqcow2State *s = bs->opaque;
     bool inactive = bs->open_flags & BDRV_O_INACTIVE;
 
     sqcow2_idle_stop(bs);
-    sqcow2_view_free(&s->view);
-    sqcow2_cache_free(s->cache);
-    g_free(s->distrust);
-    s->cache = NULL;
-    s->distrust = NULL;
-    s->mode = SQCOW2_MODE_OFF;
-
+    free_index(s);
     if (!inactive) {
         end_session(bs);
     }
@@ -292,16 +296,19 @@ sqcow2_co_invalidate_cache(BlockDriverState *bs, Error **errp)
     Sqcow2Record old = s->record;
     bool had_record = s->has_record;
 
-    /* On failure our close is never called */
     sqcow2_idle_stop(bs);
     bdrv_qcow2.bdrv_co_invalidate_cache(bs, errp);
-    if (*errp) {
-        return;
+    if (!*errp) {
+        sqcow2_record_load(bs);
+        s->changed = false;
+        if (sqcow2_is_flat(bs)) {
+            sqcow2_reactivate(bs, had_record ? &old : NULL, errp);
+        }
     }
-    sqcow2_record_load(bs);
-    s->changed = false;
-    if (sqcow2_is_flat(bs) &&
-        sqcow2_reactivate(bs, had_record ? &old : NULL, errp) < 0) {
+    if (*errp) {
+        if (!bs->drv) {
+            free_index(s);      /* our close is never called */
+        }
         return;
     }
     if (!s->idle_timer) {       /* a view that was made anew has started it */
