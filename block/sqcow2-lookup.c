@@ -415,6 +415,10 @@ int sqcow2_lookup(BlockDriverState *bs, uint64_t guest_offset,
                      s->q.l2_slice_size;
     int ret;
 
+    /* A request that was under way when the node was given up */
+    if (unlikely(s->mode == SQCOW2_MODE_OFF)) {
+        return -EIO;
+    }
     ret = load_own(bs, l1_index, slice, &l.own_slice);
     if (ret < 0) {
         return ret;

@@ -14,6 +14,7 @@
 #include "qemu/bswap.h"
 #include "qemu/cutils.h"
 #include "qapi/error.h"
+#include "block/dirty-bitmap.h"
 #include "qapi/qapi-types-block-core.h"
 #include "qapi/qapi-visit-block-core.h"
 #include "qemu/option.h"
@@ -295,8 +296,19 @@ sqcow2_co_invalidate_cache(BlockDriverState *bs, Error **errp)
     BDRVSqcow2State *s = bs->opaque;
     Sqcow2Record old = s->record;
     bool had_record = s->has_record;
+    BdrvDirtyBitmap *bitmap;
 
     sqcow2_idle_stop(bs);
+    if (sqcow2_is_flat(bs)) {
+        /*
+         * Bitmaps that came with a migration, or stayed here after one, are
+         * not the image's; if activation fails, they are not to be stored in
+         * it.  bdrv_activate() takes this back if it succeeds.
+         */
+        FOR_EACH_DIRTY_BITMAP(bs, bitmap) {
+            bdrv_dirty_bitmap_skip_store(bitmap, true);
+        }
+    }
     bdrv_qcow2.bdrv_co_invalidate_cache(bs, errp);
     if (!*errp) {
         sqcow2_record_load(bs);
@@ -305,10 +317,16 @@ sqcow2_co_invalidate_cache(BlockDriverState *bs, Error **errp)
             sqcow2_reactivate(bs, had_record ? &old : NULL, errp);
         }
     }
-    if (*errp) {
-        if (!bs->drv) {
-            free_index(s);      /* our close is never called */
+    if (!bs->drv) {
+        /* Also when an index was to be stored, and qcow2 is too corrupt */
+        if (!*errp) {
+            error_setg(errp, "%s: The image is corrupt; 'qemu-img check -r "
+                       "all' may help", bs->filename);
         }
+        free_index(s);          /* our close is never called */
+        return;
+    }
+    if (*errp) {
         return;
     }
     if (!s->idle_timer) {       /* a view that was made anew has started it */
