@@ -4,7 +4,7 @@
  * and damage done to them as the bytes of a fuzzer's input say
  *
  * hostile_chain.c makes the chains, hostile_damage.c does the damage,
- * hostile_images.c opens what comes of it.
+ * hostile_operations.c works on what comes of it.
  */
 #ifndef HOSTILE_CHAIN_H
 #define HOSTILE_CHAIN_H
