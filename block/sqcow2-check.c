@@ -672,6 +672,7 @@ static int coroutine_fn GRAPH_RDLOCK check_rest(IndexCheck *c,
     /* It reads the list anew, and would leak the one of the check before */
     qemu_co_mutex_lock(&c->s->q.lock);
     qcow2_free_snapshots(c->bs);
+    c->s->q.snapshots_unread = true;
     qemu_co_mutex_unlock(&c->s->q.lock);
 
     ret = bdrv_qcow2.bdrv_co_check(c->bs, result, fix);
