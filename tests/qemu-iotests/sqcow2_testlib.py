@@ -11,6 +11,8 @@ import os
 import random
 import re
 import shutil
+import subprocess
+import time
 from typing import Any, List, Optional, Set, Tuple
 
 import iotests
@@ -37,8 +39,29 @@ def index_state(path: str) -> str:
 
 def age(path: str, seconds: int = 10) -> None:
     """Make the file's modification time older than any clock's tick."""
-    time = os.stat(path).st_mtime_ns - seconds * 10**9
-    os.utime(path, ns=(time, time))
+    mtime = os.stat(path).st_mtime_ns - seconds * 10**9
+    os.utime(path, ns=(mtime, mtime))
+
+
+def exported_map(path: str, fmt: str, context: str, *args: str) -> Any:
+    """Return the map that a client of qemu-nbd sees in the context."""
+    sock, pid_file = (os.path.join(iotests.sock_dir, name)
+                      for name in ('export', 'export.pid'))
+    # --fork would hang in AddressSanitizer's allocator, if a thread has it
+    server = [iotests.qemu_nbd_prog, '-r', '-k', sock, '--pid-file', pid_file,
+              '-f', fmt, *args, path]
+    # Ends with its last client
+    with subprocess.Popen(server) as nbd:
+        while not os.path.exists(pid_file) and nbd.poll() is None:
+            time.sleep(0.01)
+        found = iotests.qemu_img_map(
+            '--image-opts', f'driver=nbd,server.type=unix,server.path={sock},'
+            f'x-dirty-bitmap={context}')
+        assert nbd.wait(timeout=30) == 0
+    for name in sock, pid_file:
+        if os.path.exists(name):
+            os.remove(name)
+    return found
 
 
 class Disk:
