@@ -23,6 +23,7 @@ import os
 import random
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -204,28 +205,28 @@ class Executor:
 
     def do_resize(self, name: str, step: Step) -> None:
         size = int(str(step["size"]))
-        old_size, cluster = self.geometry(name)
-        if self.on_image(name, "resize", "-q", "--shrink", name, str(size)):
-            self.clear_tail(name, size, min(old_size, -(-size // cluster) * cluster))
+        self.clear_tail(name, size)
+        self.on_image(name, "resize", "-q", "--shrink", name, str(size))
 
-    def geometry(self, name: str) -> tuple[int, int]:
-        """Size of the disk and of a cluster; 0 and 1 if it is raw"""
+    def clear_tail(self, name: str, start: int) -> None:
+        """Unpatched qcow2 keeps what is cut off in a cluster that has data, and shows it when the
+        disk grows again; world b must have zeros there, too."""
+        if self.tree[name].kind == "raw":
+            return
         with open(os.path.join(self.dir, "b", name), "rb") as file:
-            header = file.read(32)
-        if self.tree[name].kind == "raw" or header[:4] != b"QFI\xfb":
-            return 0, 1
-        return int.from_bytes(header[24:], "big"), 1 << int.from_bytes(header[20:24], "big")
-
-    def clear_tail(self, name: str, start: int, end: int) -> None:
-        """Unpatched qcow2 shows what was cut off in the last cluster when the disk grows again;
-        world b must have zeros there, too."""
-        if start < end:
-            kind = fmt(self.tree[name].kind, "b")
-            resize = ["qemu-img", "resize", "-q", "--shrink", "-f", kind, name]
-            for argv in (resize + [str(end)],
-                         ["qemu-io", "-f", kind, "-c", f"write -P 0 {start} {end - start}", name],
-                         resize + [str(start)]):
-                self.run("b", argv)
+            header = file.read(64)
+        version, cluster_bits, old_size, snapshots = struct.unpack(">4xI12xIQ28xI", header)
+        end = min(old_size, -(-start >> cluster_bits << cluster_bits))
+        # Version 2 is not resized then
+        if start >= end or (version == 2 and snapshots):
+            return
+        kind = fmt(self.tree[name].kind, "b")
+        found = self.run("b", ["qemu-img", "map", "--output=json", "-f", kind,
+                               f"--start-offset={start}", f"--max-length={end - start}", name])
+        for area in json.loads(found.stdout) if found.returncode == 0 else []:
+            if area["depth"] == 0 and area["data"]:
+                self.run("b", ["qemu-io", "-f", kind, "-c",
+                               f"write -P 0 {area['start']} {area['length']}", name])
 
     def do_check(self, name: str, _step: Step) -> None:
         self.on_image(name, "check", "-q", "-r", "all", name)
