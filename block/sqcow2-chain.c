@@ -483,7 +483,34 @@ static int chain_was_changed(BlockDriverState *bs, Error **errp)
     return -EINVAL;
 }
 
-/* On failure, *@usable: the node is as before. */
+/*
+ * Walk the chain while the old layers are open, so that a failure leaves the
+ * node as it is; or, where descriptors do not suffice for both, after they
+ * were closed: then @s has no layers.
+ */
+static int coroutine_fn GRAPH_RDLOCK
+walk_again(BDRVSqcow2State *s, const Sqcow2WalkOptions *opts,
+           Sqcow2Chain *chain, Error **errp)
+{
+    Error *local_err = NULL;
+    int ret = sqcow2_walk(opts, chain, &local_err);
+
+    if (ret == -EMFILE || ret == -ENFILE) {
+        error_free(local_err);
+        sqcow2_view_free(&s->view);
+        s->layers = NULL;
+        s->layer = 0;
+        sqcow2_layers_set(s->set->bs, NULL, 0);
+        return sqcow2_walk(opts, chain, errp);
+    }
+    error_propagate(errp, local_err);
+    return ret;
+}
+
+/*
+ * Requests to @bs are drained.
+ * On failure, *@usable: the node is as before.
+ */
 static int coroutine_fn GRAPH_RDLOCK
 reactivate(BlockDriverState *bs, const Sqcow2Record *old, bool *usable,
            Error **errp)
@@ -513,10 +540,10 @@ reactivate(BlockDriverState *bs, const Sqcow2Record *old, bool *usable,
     }
     ret = prepare_walk(bs, &opts, &backing, &layer_table, errp);
     if (ret == 0) {
-        ret = sqcow2_walk(&opts, &chain, errp);
+        ret = walk_again(s, &opts, &chain, errp);
     }
     if (ret < 0) {
-        *usable = true;
+        *usable = s->layers;
         return ret;
     }
 

@@ -9,8 +9,9 @@
  * draining, request tracking, statistics.
  *
  * The array of layers is handed over after the walk has opened and locked
- * them, grows by one with each live snapshot, and does not change while
- * requests run; so nothing is locked.
+ * them, grows by one with each live snapshot, is replaced by an activation,
+ * and does not change while requests run: in each case they are drained; so
+ * nothing is locked.
  * Requests go through the engine of the active image's file: threads,
  * linux-aio or io_uring.  Closing the node closes the descriptors, which
  * gives up the image locks.
