@@ -640,7 +640,9 @@ static void do_job(Run *run, Input *in)
     if (ret == 0) {
         top = node_below(bs, from);
         base = node_below(bs, to + (how == 1));
-        if (how == 0) {
+        if (how == 0 && base == bs) {
+            ret = bs->auto_backing_file[0] ? -EINVAL : 0;   /* streamed before */
+        } else if (how == 0) {
             commit_active_start(JOB, bs, base, JOB_DEFAULT, 0,
                                 BLOCKDEV_ON_ERROR_REPORT, NULL, NULL, NULL,
                                 false, &local_err);
@@ -654,7 +656,7 @@ static void do_job(Run *run, Input *in)
                          NULL, JOB_DEFAULT, 0, BLOCKDEV_ON_ERROR_REPORT, NULL,
                          &local_err);
         }
-        ret = local_err ? 0 : finish_job();
+        ret = local_err || ret < 0 ? ret : finish_job();
     }
     if ((ret < 0 || local_err) && must_work(run)) {
         failed("job %u fails: %d %s", how, ret,
