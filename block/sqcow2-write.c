@@ -193,6 +193,7 @@ sqcow2_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
 static int GRAPH_RDLOCK sqcow2_make_empty(BlockDriverState *bs)
 {
     BDRVSqcow2State *s = bs->opaque;
+    Sqcow2Record old = s->record;
     int ret;
 
     if (s->mode != SQCOW2_MODE_OFF) {
@@ -201,6 +202,10 @@ static int GRAPH_RDLOCK sqcow2_make_empty(BlockDriverState *bs)
     ret = sqcow2_record_drop_tables(bs);
     if (ret < 0) {
         return ret;
+    }
+    /* With snapshots or bitmaps the file is not rebuilt, and they would leak */
+    if (s->has_record) {
+        sqcow2_free_tables(bs, &old, NULL);
     }
     return bdrv_qcow2.bdrv_make_empty(bs);
 }
