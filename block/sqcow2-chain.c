@@ -16,6 +16,7 @@
 #include "qemu/error-report.h"
 #include "qapi/error.h"
 #include "block/dirty-bitmap.h"
+#include "block/raw-aio.h"
 #include "qobject/qdict.h"
 #include "sqcow2-int.h"
 
@@ -583,10 +584,82 @@ int sqcow2_reactivate(BlockDriverState *bs, const Sqcow2Record *old,
     return ret;
 }
 
+/* Of a node or layer on another protocol nobody can tell: it counts as same */
+static bool same_file_id(int ret_a, const struct stat *a,
+                         int ret_b, const struct stat *b)
+{
+    if (ret_a == -ENOTSUP || ret_b == -ENOTSUP) {
+        return true;
+    }
+    return !ret_a && !ret_b && a->st_dev == b->st_dev && a->st_ino == b->st_ino;
+}
+
+static bool is_file_of(const Sqcow2Layer *layer, BlockDriverState *file)
+{
+    struct stat a, b;
+    int ret_a = sqcow2_layer_file_id(layer, &a);
+    int ret_b = raw_posix_fstat(file, &b);
+
+    return same_file_id(ret_a, &a, ret_b, &b);
+}
+
+static bool is_same_layer(const Sqcow2Layer *layer, const Sqcow2Layer *other)
+{
+    struct stat a, b;
+    int ret_a = sqcow2_layer_file_id(layer, &a);
+    int ret_b = sqcow2_layer_file_id(other, &b);
+
+    return same_file_id(ret_a, &a, ret_b, &b);
+}
+
+static int replaced(const Sqcow2Layer *layer, uint32_t index, Error **errp)
+{
+    error_setg(errp, "The name of layer %" PRIu32 ", '%s', leads to another "
+               "file than the one that is in use; put that back, or use "
+               "absolute names", index, layer->filename);
+    return -EINVAL;
+}
+
+int sqcow2_check_is_file(const Sqcow2Layer *layer, uint32_t index,
+                         BlockDriverState *bs, Error **errp)
+{
+    return bs->file && is_file_of(layer, bs->file->bs) ?
+           0 : replaced(layer, index, errp);
+}
+
+int sqcow2_check_same_files(BlockDriverState *bs, const Sqcow2Layer *layers,
+                            uint32_t nb_layers, Error **errp)
+{
+    for (uint32_t i = nb_layers; i-- > 0; bs = bdrv_cow_bs(bs)) {
+        BDRVSqcow2State *s;
+        int ret = bs ? sqcow2_check_is_file(&layers[i], i, bs, errp)
+                     : replaced(&layers[i], i, errp);
+
+        if (ret < 0) {
+            return ret;
+        }
+        if (!sqcow2_is_flat(bs)) {
+            continue;
+        }
+        s = bs->opaque;
+        if (s->layers == layers) {
+            return 0;           /* taken over as they are */
+        }
+        while (i-- > 0) {
+            if (s->layer <= i || !is_same_layer(&layers[i], &s->layers[i])) {
+                return replaced(&layers[i], i, errp);
+            }
+        }
+        return 0;
+    }
+    return 0;
+}
+
 /*
  * Replace one node's flat state by a backing node.  The layer set goes last:
- * should the backing file not open any more, the node goes on as it was; and
- * there is no time without locks.  The caller has a reference to @bs.
+ * should the backing file not open any more, or be another by now, the node
+ * goes on as it was; and there is no time without locks.  The caller has a
+ * reference to @bs.
  */
 static int unflatten(BlockDriverState *bs, Error **errp)
 {
@@ -604,6 +677,15 @@ static int unflatten(BlockDriverState *bs, Error **errp)
     s->mode = SQCOW2_MODE_OFF;
     ret = bdrv_open_backing_file(bs, NULL, "backing", errp);
     donor = NULL;
+    if (ret == 0) {
+        bdrv_graph_rdlock_main_loop();
+        ret = sqcow2_check_same_files(bdrv_cow_bs(bs), s->layers, s->layer,
+                                      errp);
+        bdrv_graph_rdunlock_main_loop();
+        if (ret < 0) {
+            bdrv_set_backing_hd(bs, NULL, &error_abort);
+        }
+    }
     if (ret < 0) {
         s->mode = mode;
         bs->open_flags = open_flags;

@@ -383,6 +383,12 @@ void sqcow2_pool_unlock(Sqcow2PooledFile *file)
     }
 }
 
+void sqcow2_pool_file_id(const Sqcow2PooledFile *file, struct stat *st)
+{
+    st->st_dev = file->state.device;
+    st->st_ino = file->state.inode;
+}
+
 void sqcow2_pool_set_direct(Sqcow2PooledFile *file, bool direct)
 {
     file->pool->direct = direct;

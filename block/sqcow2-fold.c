@@ -166,6 +166,12 @@ static int open_layer(BlockDriverState *bs, BlockDriverState *lower,
                    chain->layers[0].filename);
         ret = -EINVAL;
     } else {
+        /* It may be a copy by now; of layers further below nobody asks */
+        bdrv_graph_rdlock_main_loop();
+        ret = sqcow2_check_is_file(&chain->layers[0], 0, lower, errp);
+        bdrv_graph_rdunlock_main_loop();
+    }
+    if (ret == 0) {
         ret = sqcow2_view_share(&chain->layers[0], &chain->top_record,
                                 s->q.cluster_bits, view, errp);
     }
@@ -254,11 +260,22 @@ static int absorb(BlockDriverState *bs, BlockDriverState *lower, Error **errp)
 
 static int reopen(BlockDriverState *bs, Error **errp)
 {
+    BDRVSqcow2State *s = bs->opaque;
     QDict *options = qdict_new();
     int ret = sqcow2_open_flat(bs, options, errp);
 
     qobject_unref(options);
-    return ret == 0 ? -ENOTSUP : ret;
+    if (ret <= 0) {
+        return ret == 0 ? -ENOTSUP : ret;
+    }
+    /* An index that was stored is that of the files that have the names now */
+    bdrv_graph_rdlock_main_loop();
+    ret = sqcow2_check_same_files(bdrv_cow_bs(bs), s->layers, s->layer, errp);
+    bdrv_graph_rdunlock_main_loop();
+    if (ret < 0) {
+        sqcow2_drop_flat(bs);
+    }
+    return ret;
 }
 
 /* A job has taken away what was below, or made the node writable */

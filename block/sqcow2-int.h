@@ -379,6 +379,9 @@ void sqcow2_pool_set_index(Sqcow2PooledFile *file, uint32_t index);
 /* Give up the file's lock; from now on nothing of the pool is locked. */
 void sqcow2_pool_unlock(Sqcow2PooledFile *file);
 
+/* Set the device and inode in @st to the file's. */
+void sqcow2_pool_file_id(const Sqcow2PooledFile *file, struct stat *st);
+
 /* Use O_DIRECT from now on, where it can be used, or not. */
 void sqcow2_pool_set_direct(Sqcow2PooledFile *file, bool direct);
 
@@ -420,6 +423,13 @@ Sqcow2Layer *sqcow2_layers_append(BlockDriverState *set,
 
 /* Close and forget the top layer, a local file.  No requests are running. */
 void sqcow2_layers_pop(BlockDriverState *set);
+
+/*
+ * Set the device and inode in @st to those of the file that is the layer,
+ * whatever its name leads to by now.  Returns 0; -ENOTSUP if it is on another
+ * protocol; or another negative errno.
+ */
+int sqcow2_layer_file_id(const Sqcow2Layer *layer, struct stat *st);
 
 /*
  * Use O_DIRECT from now on if the image does, or not: sqcow2_layer_pread()
@@ -775,6 +785,19 @@ bool GRAPH_RDLOCK sqcow2_wants_index(BlockDriverState *bs);
 
 /* If so, store it.  On failure what is in memory serves on.  Main thread. */
 void sqcow2_index_wanted(BlockDriverState *bs);
+
+/*
+ * Has each of @layers the same file open as the node for it, which is @bs for
+ * the top one, and so on downwards?  A name may lead to another file than it
+ * did when the other one opened it, and the guest must not see that one's
+ * content.  Of what is on other protocols nobody can tell.
+ * Returns 0, or -EINVAL with @errp set.
+ */
+int GRAPH_RDLOCK sqcow2_check_is_file(const Sqcow2Layer *layer, uint32_t index,
+                                      BlockDriverState *bs, Error **errp);
+int GRAPH_RDLOCK sqcow2_check_same_files(BlockDriverState *bs,
+                                         const Sqcow2Layer *layers,
+                                         uint32_t nb_layers, Error **errp);
 
 /* As sqcow2_open_graph() and sqcow2_open_graph_to(), but for good */
 int sqcow2_make_real(BlockDriverState *bs, bool all, Error **errp);

@@ -357,6 +357,18 @@ void sqcow2_layers_set(BlockDriverState *set_bs, Sqcow2Layer *layers,
     set->nb_layers = nb_layers;
 }
 
+int sqcow2_layer_file_id(const Sqcow2Layer *layer, struct stat *st)
+{
+    if (layer->child) {
+        return -ENOTSUP;
+    }
+    if (layer->pooled) {
+        sqcow2_pool_file_id(layer->pooled, st);
+        return 0;
+    }
+    return fstat(layer->fd, st) < 0 ? -errno : 0;
+}
+
 static void set_direct(BlockDriverState *set_bs, const Sqcow2Layer *layer,
                        bool direct)
 {

@@ -641,7 +641,8 @@ static void do_job(Run *run, Input *in)
         top = node_below(bs, from);
         base = node_below(bs, to + (how == 1));
         if (how == 0 && base == bs) {
-            ret = bs->auto_backing_file[0] ? -EINVAL : 0;   /* streamed before */
+            /* Streamed before */
+            ret = bs->auto_backing_file[0] ? -EINVAL : 0;
         } else if (how == 0) {
             commit_active_start(JOB, bs, base, JOB_DEFAULT, 0,
                                 BLOCKDEV_ON_ERROR_REPORT, NULL, NULL, NULL,
