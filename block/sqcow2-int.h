@@ -790,7 +790,8 @@ void sqcow2_index_wanted(BlockDriverState *bs);
  * Has each of @layers the same file open as the node for it, which is @bs for
  * the top one, and so on downwards?  A name may lead to another file than it
  * did when the other one opened it, and the guest must not see that one's
- * content.  Of what is on other protocols nobody can tell.
+ * content.  Of what is on other protocols nobody can tell.  _is_file: of one
+ * layer; @index is its number, for the message.
  * Returns 0, or -EINVAL with @errp set.
  */
 int GRAPH_RDLOCK sqcow2_check_is_file(const Sqcow2Layer *layer, uint32_t index,
