@@ -50,6 +50,13 @@ bool sqcow2_is_flat(BlockDriverState *bs)
     return bs->drv == &bdrv_sqcow2 && s->mode != SQCOW2_MODE_OFF;
 }
 
+bool sqcow2_takes_no_backing(BlockDriverState *bs)
+{
+    BDRVSqcow2State *s = bs->opaque;
+
+    return sqcow2_is_flat(bs) && !s->two_ways;
+}
+
 static void set_distrust(BDRVSqcow2State *s, const char *why)
 {
     g_free(s->distrust);
@@ -167,37 +174,40 @@ static void GRAPH_RDLOCK store_if_writable(BlockDriverState *bs)
 {
     BDRVSqcow2State *s = bs->opaque;
 
-    if (s->has_record && bdrv_is_writable(bs) &&
+    if (s->has_record && s->mode != SQCOW2_MODE_INDEXED &&
+        bdrv_is_writable(bs) &&
         !(bs->open_flags & (BDRV_O_INACTIVE | BDRV_O_CHECK))) {
         /* On failure the view in memory serves */
         sqcow2_index_store(bs, NULL);
     }
 }
 
-static int GRAPH_RDLOCK make_view(BlockDriverState *bs, Error **errp)
+/* Load the index, or build one in memory. */
+static int GRAPH_RDLOCK load_or_build(BlockDriverState *bs, Error **errp)
 {
     BDRVSqcow2State *s = bs->opaque;
-    Sqcow2Mode mode = SQCOW2_MODE_INDEXED;
-    int ret;
+    bool valid;
 
-    if (!load_index(bs)) {
-        bool valid = s->has_record &&
-                     s->record.flags & SQCOW2_FLAG_INDEX_VALID;
-
-        ret = sqcow2_view_build(bs, valid ? &s->record : NULL, s->layers,
-                                s->layer, true, &s->view, errp);
-        if (ret < 0) {
-            return ret;
-        }
-        mode = SQCOW2_MODE_REBUILT;
+    if (load_index(bs)) {
+        return 0;
     }
+    valid = s->has_record && s->record.flags & SQCOW2_FLAG_INDEX_VALID;
+    return sqcow2_view_build(bs, valid ? &s->record : NULL, s->layers,
+                             s->layer, true, &s->view, errp);
+}
+
+/*
+ * Last: a resize in another thread may have come while the view was loaded,
+ * and have failed, so that the index is not valid any more.  None is under way
+ * here: the graph is locked for writing, or @bs inactive and q.lock held.
+ */
+static void become_flat(BlockDriverState *bs)
+{
+    BDRVSqcow2State *s = bs->opaque;
+    bool trusted = !s->distrust && s->record.flags & SQCOW2_FLAG_INDEX_VALID;
+
     sqcow2_renew_cache(bs);
-    /* Last: a resize in another thread may look at any time */
-    qatomic_store_release(&s->mode, mode);
-    if (mode == SQCOW2_MODE_REBUILT) {
-        store_if_writable(bs);
-    }
-    return 0;
+    s->mode = trusted ? SQCOW2_MODE_INDEXED : SQCOW2_MODE_REBUILT;
 }
 
 int sqcow2_attach_set(BlockDriverState *bs, BlockDriverState *set_bs,
@@ -457,13 +467,20 @@ int sqcow2_open_flat(BlockDriverState *bs, QDict *options, Error **errp)
     ret = sqcow2_attach_set(bs, set_bs, errp);
     if (ret == 0) {
         bdrv_graph_rdlock_main_loop();
-        ret = make_view(bs, errp);
+        ret = load_or_build(bs, errp);
         bdrv_graph_rdunlock_main_loop();
     }
     if (ret < 0) {
         sqcow2_drop_flat(bs);
         return ret;
     }
+    bdrv_graph_wrlock();
+    become_flat(bs);
+    bdrv_graph_wrunlock();
+
+    bdrv_graph_rdlock_main_loop();
+    store_if_writable(bs);
+    bdrv_graph_rdunlock_main_loop();
     sqcow2_layers_set_direct(set_bs, true);
     return 1;
 }
@@ -555,7 +572,11 @@ reactivate(BlockDriverState *bs, const Sqcow2Record *old, bool *usable,
     s->layer = chain.nb_layers;
     sqcow2_layers_set(s->set->bs, chain.layers, chain.nb_layers);
     qemu_co_mutex_lock(&s->q.lock);
-    ret = make_view(bs, errp);
+    ret = load_or_build(bs, errp);
+    if (ret == 0) {
+        become_flat(bs);
+        store_if_writable(bs);
+    }
     qemu_co_mutex_unlock(&s->q.lock);
     if (ret < 0) {
         return ret;
@@ -658,13 +679,13 @@ int sqcow2_check_same_files(BlockDriverState *bs, const Sqcow2Layer *layers,
 /*
  * Replace one node's flat state by a backing node.  The layer set goes last:
  * should the backing file not open any more, or be another by now, the node
- * goes on as it was; and there is no time without locks.  The caller has a
- * reference to @bs.
+ * goes on as it was; and there is no time without locks.  Drained nodes may be
+ * resized, in their own thread: so @bs is flat all the time, then real in one
+ * step for all who hold the graph lock.  The caller has a reference to @bs.
  */
 static int unflatten(BlockDriverState *bs, Error **errp)
 {
     BDRVSqcow2State *s = bs->opaque, *below;
-    Sqcow2Mode mode = s->mode;
     int open_flags = bs->open_flags;
     int ret;
 
@@ -674,7 +695,7 @@ static int unflatten(BlockDriverState *bs, Error **errp)
     }
     bdrv_drained_begin(bs);
     donor = can_donate(bs) ? bs : NULL;
-    s->mode = SQCOW2_MODE_OFF;
+    s->two_ways = true;
     ret = bdrv_open_backing_file(bs, NULL, "backing", errp);
     donor = NULL;
     if (ret == 0) {
@@ -687,7 +708,6 @@ static int unflatten(BlockDriverState *bs, Error **errp)
         }
     }
     if (ret < 0) {
-        s->mode = mode;
         bs->open_flags = open_flags;
     } else {
         bdrv_graph_wrlock();
@@ -700,6 +720,7 @@ static int unflatten(BlockDriverState *bs, Error **errp)
         sqcow2_drop_flat_locked(bs);
         bdrv_graph_wrunlock();
     }
+    s->two_ways = false;
     bdrv_drained_end(bs);
     return ret;
 }

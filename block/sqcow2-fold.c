@@ -304,7 +304,7 @@ static void fold_drained(BlockDriverState *bs)
         return;
     }
     bdrv_ref(lower);
-    s->folding = true;
+    s->two_ways = true;
     if (has_sealed_index(lower)) {
         ret = absorb(bs, lower, NULL);
     }
@@ -315,7 +315,7 @@ static void fold_drained(BlockDriverState *bs)
     if (ret >= 0 && bs->drv) {
         bdrv_set_backing_hd(bs, NULL, &error_abort);
     }
-    s->folding = false;
+    s->two_ways = false;
     bdrv_unref(lower);
 }
 

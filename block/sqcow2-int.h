@@ -148,12 +148,13 @@ typedef struct BDRVSqcow2State {
     BDRVQcow2State q;           /* must be first: upstream's code sees this */
 
     /*
-     * Set at open, changed in the main thread while the node is drained
-     * (above); but INDEXED turns into REBUILT under q.lock
+     * Between OFF and the others: changed at open, in the main thread while
+     * the node is drained and the graph locked for writing, and when it is
+     * closed.  Between INDEXED and REBUILT: under q.lock.
      */
     Sqcow2Mode mode;
     bool keep_graph;            /* not to be folded: an export looks at it */
-    bool folding;               /* flat, and has its backing node as well */
+    bool two_ways;              /* flat; may have its backing node as well */
     uint16_t layer;             /* own index in the running chain */
     BdrvChild *set;             /* the layer set; NULL when not flat */
     Sqcow2Layer *layers;        /* owned by the layer set's node */

@@ -194,9 +194,7 @@ sqcow2_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
 static int GRAPH_RDLOCK sqcow2_check_perm(BlockDriverState *bs, uint64_t perm,
                                           uint64_t shared, Error **errp)
 {
-    BDRVSqcow2State *s = bs->opaque;
-
-    if (bs->backing && sqcow2_is_flat(bs) && !s->folding) {
+    if (bs->backing && sqcow2_takes_no_backing(bs)) {
         error_setg(errp, "Node '%s' already has a backing chain",
                    bs->node_name);
         return -EINVAL;

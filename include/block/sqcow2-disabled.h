@@ -29,6 +29,11 @@ static inline bool sqcow2_is_flat(BlockDriverState *bs)
     return false;
 }
 
+static inline bool sqcow2_takes_no_backing(BlockDriverState *bs)
+{
+    return false;
+}
+
 static inline void sqcow2_disable_flat(bool all)
 {
 }

@@ -38,6 +38,9 @@ int sqcow2_open_flat(BlockDriverState *bs, QDict *options, Error **errp);
 /* True when @bs reads its lower layers itself, without a backing node. */
 bool sqcow2_is_flat(BlockDriverState *bs);
 
+/* As sqcow2_is_flat(), but false while @bs changes from or to a real graph. */
+bool sqcow2_takes_no_backing(BlockDriverState *bs);
+
 /*
  * Open real backing nodes from now on, for tools whose subject is the node
  * graph: for all layers, or just one below each image that is opened.
