@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import time
 import tty
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
@@ -60,13 +61,24 @@ class Machine(iotests.VM):
         self._qemu_log_file = open(inner, 'wb')
 
     def hear(self) -> str:
-        """What it has said since this was asked last."""
-        pieces = []
-        try:
-            while piece := os.read(self._terminal, 4096):
-                pieces.append(piece)
-        except OSError:         # nothing more, or it is gone
-            pass
+        """What it has said since this was asked last, in whole lines."""
+        pieces: List[bytes] = []
+        deadline = time.monotonic() + 5
+        while True:
+            try:
+                piece = os.read(self._terminal, 4096)
+            except BlockingIOError:
+                # It writes a message in pieces
+                if (not pieces or pieces[-1].endswith(b'\n') or
+                        time.monotonic() > deadline):
+                    break
+                time.sleep(.01)
+                continue
+            except OSError:     # it is gone
+                break
+            if not piece:
+                break
+            pieces.append(piece)
         said = b''.join(pieces).decode(errors='replace')
         self._said.append(said)
         return said
