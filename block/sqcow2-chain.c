@@ -114,6 +114,20 @@ static int GRAPH_RDLOCK prepare_walk(BlockDriverState *bs,
     return 0;
 }
 
+static const char no_valid_index[] = "the image has no valid index";
+
+/*
+ * Without a valid index nothing was verified, so that none which becomes valid
+ * meanwhile, by a resize in another thread, may be used.
+ */
+static void note_unverified(const Sqcow2WalkOptions *opts, Sqcow2Chain *chain)
+{
+    if (!opts->record) {
+        assert(!chain->distrust);
+        chain->distrust = g_strdup(no_valid_index);
+    }
+}
+
 static int walk(BlockDriverState *bs, BlockDriverState *set_bs,
                 Sqcow2Chain *chain, Error **errp)
 {
@@ -125,8 +139,15 @@ static int walk(BlockDriverState *bs, BlockDriverState *set_bs,
     bdrv_graph_rdlock_main_loop();
     ret = prepare_walk(bs, &opts, &backing, &layer_table, errp);
     bdrv_graph_rdunlock_main_loop();
+    if (ret < 0) {
+        return ret;
+    }
     opts.set = set_bs;
-    return ret < 0 ? ret : sqcow2_walk(&opts, chain, errp);
+    ret = sqcow2_walk(&opts, chain, errp);
+    if (ret == 0) {
+        note_unverified(&opts, chain);
+    }
+    return ret;
 }
 
 /* Load the index if the chain is the expected one. */
@@ -136,7 +157,7 @@ static bool load_index(BlockDriverState *bs)
     Error *local_err = NULL;
 
     if (!s->has_record || !(s->record.flags & SQCOW2_FLAG_INDEX_VALID)) {
-        set_distrust(s, "the image has no valid index");
+        set_distrust(s, no_valid_index);
         return false;
     }
     if (!s->distrust && s->record.layer != s->layer) {
@@ -199,7 +220,8 @@ static int GRAPH_RDLOCK load_or_build(BlockDriverState *bs, Error **errp)
 /*
  * Last: a resize in another thread may have come while the view was loaded,
  * and have failed, so that the index is not valid any more.  None is under way
- * here: the graph is locked for writing, or @bs inactive and q.lock held.
+ * here: the graph is locked for writing; or @bs is being activated, when qcow2
+ * could not bear one either.
  */
 static void become_flat(BlockDriverState *bs)
 {
@@ -565,6 +587,7 @@ reactivate(BlockDriverState *bs, const Sqcow2Record *old, bool *usable,
         return ret;
     }
 
+    note_unverified(&opts, &chain);
     sqcow2_view_free(&s->view);
     set_distrust(s, chain.distrust);
     g_free(chain.distrust);
@@ -676,6 +699,16 @@ int sqcow2_check_same_files(BlockDriverState *bs, const Sqcow2Layer *layers,
     return 0;
 }
 
+void sqcow2_drop_backing(BlockDriverState *bs)
+{
+    Error *local_err = NULL;
+
+    if (bdrv_set_backing_hd(bs, NULL, &local_err) < 0) {
+        assert(!bs->drv);
+        error_free(local_err);
+    }
+}
+
 /*
  * Replace one node's flat state by a backing node.  The layer set goes last:
  * should the backing file not open any more, or be another by now, the node
@@ -704,7 +737,7 @@ static int unflatten(BlockDriverState *bs, Error **errp)
                                       errp);
         bdrv_graph_rdunlock_main_loop();
         if (ret < 0) {
-            bdrv_set_backing_hd(bs, NULL, &error_abort);
+            sqcow2_drop_backing(bs);
         }
     }
     if (ret < 0) {

@@ -311,9 +311,8 @@ static void fold_drained(BlockDriverState *bs)
     if (ret < 0) {
         ret = reopen(bs, NULL);
     }
-    /* Storing an index may have shown that the image is too corrupt */
-    if (ret >= 0 && bs->drv) {
-        bdrv_set_backing_hd(bs, NULL, &error_abort);
+    if (ret >= 0) {
+        sqcow2_drop_backing(bs);
     }
     s->two_ways = false;
     bdrv_unref(lower);

@@ -20,7 +20,7 @@
  *
  * A node whose image is too corrupt, or not ours any more, loses its driver,
  * and close is never called: what it has leaks, as with qcow2.  But no timer
- * may outlive it.
+ * may outlive it: those that run are stopped, and none is started.
  */
 #include "qemu/osdep.h"
 #include "qemu/coroutine.h"
@@ -110,7 +110,7 @@ void sqcow2_idle_start(BlockDriverState *bs)
     Sqcow2IdleTimer *t;
 
     sqcow2_idle_stop(bs);
-    if (!s->q.cache_clean_interval || !s->cache) {
+    if (!s->q.cache_clean_interval || !s->cache || !bs->drv) {
         return;
     }
     t = s->idle_timer = g_new0(Sqcow2IdleTimer, 1);

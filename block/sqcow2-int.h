@@ -682,7 +682,7 @@ int sqcow2_view_build(BlockDriverState *bs, const Sqcow2Record *record,
  * coroutines, and taken, polling, elsewhere.
  * Returns 0, or a negative errno with @errp set; then all goes on as before:
  * -ENOTSUP if an internal snapshot is larger than the disk, -EBUSY if the image
- * is being resized.
+ * is being resized, -ENOMEDIUM if it turned out to be too corrupt.
  */
 int GRAPH_RDLOCK sqcow2_index_store(BlockDriverState *bs, Error **errp);
 
@@ -800,6 +800,13 @@ int GRAPH_RDLOCK sqcow2_check_is_file(const Sqcow2Layer *layer, uint32_t index,
 int GRAPH_RDLOCK sqcow2_check_same_files(BlockDriverState *bs,
                                          const Sqcow2Layer *layers,
                                          uint32_t nb_layers, Error **errp);
+
+/*
+ * Take the backing node away.  A resize in another thread may find the image
+ * too corrupt until the graph is locked for this; then the node has no driver,
+ * nobody reads from it, and the backing node stays.  @bs is drained.
+ */
+void sqcow2_drop_backing(BlockDriverState *bs);
 
 /* As sqcow2_open_graph() and sqcow2_open_graph_to(), but for good */
 int sqcow2_make_real(BlockDriverState *bs, bool all, Error **errp);

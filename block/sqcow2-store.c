@@ -474,6 +474,10 @@ static int GRAPH_RDLOCK store(BlockDriverState *bs, Error **errp)
 
     assert(s->has_record && (s->mode == SQCOW2_MODE_REBUILT || !s->layer));
 
+    if (!bs->drv) {
+        error_setg(errp, "The image is corrupt");
+        return -ENOMEDIUM;
+    }
     if (s->nb_resizing) {
         error_setg(errp, "The image is being resized");
         return -EBUSY;
