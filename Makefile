@@ -37,8 +37,15 @@ prepare-%: deps-%
 demo: prepare-test
 	@tests/demo/run
 
+# What iotests run, and our own tests in C; ninja makes upstream's unit tests and qtests, too.
+programs := qemu-img qemu-io qemu-nbd storage-daemon/qemu-storage-daemon qemu-system-x86_64
+our_tests := $(patsubst tests/unit/%.c,sqemu/%,$(wildcard tests/unit/test-sqcow2-*.c)) \
+    $(addprefix tests/fuzz/,$(addprefix replay-hostile-,images images-1k images-faults tables) parallel-fuzz)
+
 ifeq ($(SANITIZE),)
-check: prepare-test
+check: deps-test
+	@./configure --update
+	@ninja -C build $(programs) $(our_tests)
 	@scripts/check
 else
 check: build-sanitize
@@ -48,28 +55,26 @@ endif
 comma := ,
 sanitizers := $(subst $(comma), ,$(SANITIZE))
 
-build-sanitize: prepare-test
+build-sanitize: deps-test
 	$(if $(filter-out address undefined,$(sanitizers)),$(error SANITIZE: address, undefined or both))
 	@mkdir -p $@
 	@cd $@ && ../configure $(if $(filter address,$(sanitizers)),--enable-asan) \
 	    $(if $(filter undefined,$(sanitizers)),--enable-ubsan)
-	@ninja -C $@ qemu-img qemu-io qemu-nbd storage-daemon/qemu-storage-daemon qemu-system-x86_64 \
-	    $(patsubst tests/unit/%.c,sqemu/%,$(wildcard tests/unit/test-sqcow2-*.c)) \
-	    $(addprefix tests/fuzz/,$(addprefix replay-hostile-,images images-1k images-faults tables) parallel-fuzz)
+	@ninja -C $@ $(programs) $(our_tests)
 
-build-as-qcow2: prepare-test
+build-as-qcow2: deps-test
 	@mkdir -p $@
 	@cd $@ && ../configure --extra-cflags=-DSQCOW2_AS_QCOW2
-	@ninja -C $@ qemu-img qemu-io qemu-nbd storage-daemon/qemu-storage-daemon qemu-system-x86_64
+	@ninja -C $@ $(programs)
 
-check-iotests: build-as-qcow2
+check-iotests: prepare-test build-as-qcow2
 	@scripts/upstream-iotests $(ARGS)
 
 # What random chains need: programs that start fast, ours and upstream's without the queue.
 tools_options := --static --disable-pie --target-list= --disable-system --without-default-features \
     --enable-tools --enable-linux-aio --enable-linux-io-uring --enable-zstd
 
-build-tools: prepare-test
+build-tools: deps-test
 	@mkdir -p $@
 	@cd $@ && ../configure $(tools_options) --enable-sqcow2
 	@ninja -C $@ qemu-img qemu-io
@@ -79,15 +84,15 @@ build-upstream: deps-build
 	@cd $@ && ../configure --unpatched $(tools_options)
 	@ninja -C $@ qemu-img qemu-io
 
-build-disabled: prepare-test
+build-disabled: deps-test
 	@mkdir -p $@
 	@cd $@ && ../configure --disable-sqcow2
-	@ninja -C $@ qemu-img qemu-io qemu-nbd storage-daemon/qemu-storage-daemon qemu-system-x86_64
+	@ninja -C $@ $(programs)
 
-check-disabled: build-disabled
+check-disabled: prepare-test build-disabled
 	@scripts/check disabled
 
-build-coverage: prepare-test
+build-coverage: deps-test
 	@mkdir -p $@
 	@cd $@ && ../configure --cc=$(CURDIR)/scripts/coverage-cc
 	@ninja -C $@
