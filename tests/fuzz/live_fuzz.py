@@ -239,22 +239,22 @@ class Run:
         info = self.machine.command("query-block")[0]["inserted"]
         return str(info["file"])
 
-    def chain_now(self) -> list[str]:
-        """The files of the chain by their headers, base first."""
+    def sizes(self) -> list[tuple[str, int]]:
+        """The files of the chain by their headers, base first, and their disks' sizes."""
         out = self.tool("qemu-img", "info", "-U", "--backing-chain", "--output=json",
                         self.top_file())
-        return [image["filename"] for image in json.loads(out)][::-1]
+        return [(image["filename"], image["virtual-size"]) for image in json.loads(out)][::-1]
 
     def take_chain(self) -> None:
         """After a job: which files are left?"""
-        names = self.chain_now()
         formats = dict(self.files)
-        self.files = [(name, formats[name]) for name in names]
+        self.files = [(name, formats[name]) for name, _ in self.sizes()]
 
     def step_commit_active(self) -> None:
-        if len(self.files) > 1:
-            base = self.rng.choice(self.files[:-1])[0]
-            self.job("block-commit", base=base)
+        # A longer base would make the disk longer, and show what it has there
+        bases = [name for name, size in self.sizes() if size <= len(self.model)][:-1]
+        if bases:
+            self.job("block-commit", base=self.rng.choice(bases))
             self.take_chain()
 
     def step_commit(self) -> None:
@@ -300,9 +300,11 @@ class Run:
         # A raw file that is opened with O_DIRECT ends with a whole block
         unit = BLOCK if self.files[0][1] == "raw" else 512
         size = max(unit, len(self.model) // unit * unit + unit * self.rng.randint(-75, 112))
-        if size > len(self.model):
-            self.ok(self.machine.command("block_resize", device="d0", size=size))
-            self.model.extend(bytes(size - len(self.model)))
+        if self.rng.random() < .2:
+            size = self.rng.randint(1, -(-len(self.model) // unit)) * unit
+        self.ok(self.machine.command("block_resize", device="d0", size=size))
+        del self.model[size:]
+        self.model.extend(bytes(size - len(self.model)))
 
     def step_commit_hmp(self) -> None:
         assert self.machine
