@@ -232,16 +232,30 @@ static void become_flat(BlockDriverState *bs)
     s->mode = trusted ? SQCOW2_MODE_INDEXED : SQCOW2_MODE_REBUILT;
 }
 
-int sqcow2_attach_set(BlockDriverState *bs, BlockDriverState *set_bs,
-                      Error **errp)
+int sqcow2_attach_set_locked(BlockDriverState *bs, BlockDriverState *set_bs,
+                             Error **errp)
 {
     BDRVSqcow2State *s = bs->opaque;
 
-    bdrv_graph_wrlock();
+    if (!bs->drv) {
+        error_setg(errp, "The image is corrupt");
+        bdrv_schedule_unref(set_bs);
+        return -ENOMEDIUM;
+    }
     s->set = bdrv_attach_child(bs, set_bs, "layers", &child_of_bds,
                                BDRV_CHILD_DATA, errp);
-    bdrv_graph_wrunlock();
     return s->set ? 0 : -EPERM;
+}
+
+int sqcow2_attach_set(BlockDriverState *bs, BlockDriverState *set_bs,
+                      Error **errp)
+{
+    int ret;
+
+    bdrv_graph_wrlock();
+    ret = sqcow2_attach_set_locked(bs, set_bs, errp);
+    bdrv_graph_wrunlock();
+    return ret;
 }
 
 void sqcow2_drop_flat_locked(BlockDriverState *bs)

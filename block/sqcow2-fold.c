@@ -193,6 +193,7 @@ static int take_layers(BlockDriverState *bs, BlockDriverState *lower,
 {
     BDRVSqcow2State *s = bs->opaque, *ls = lower->opaque;
     BlockDriverState *set_bs;
+    int ret;
 
     if (ls->set) {
         set_bs = ls->set->bs;
@@ -204,9 +205,8 @@ static int take_layers(BlockDriverState *bs, BlockDriverState *lower,
         }
     }
     bdrv_graph_wrlock();
-    s->set = bdrv_attach_child(bs, set_bs, "layers", &child_of_bds,
-                               BDRV_CHILD_DATA, errp);
-    if (s->set) {
+    ret = sqcow2_attach_set_locked(bs, set_bs, errp);
+    if (ret == 0) {
         s->layer = ls->record.layer + 1;
         s->layers = sqcow2_layers_append(set_bs, layer);
         sqcow2_set_clips(s->layers, s->layer);
@@ -217,7 +217,7 @@ static int take_layers(BlockDriverState *bs, BlockDriverState *lower,
         sqcow2_drop_flat_locked(lower);
     }
     bdrv_graph_wrunlock();
-    return s->set ? 0 : -EPERM;
+    return ret;
 }
 
 /* See at the top of the file. */

@@ -815,9 +815,17 @@ int sqcow2_make_real_to(BlockDriverState *bs, const char *file, Error **errp);
 /* Was sqcow2_disable_flat() called? */
 bool sqcow2_flat_is_disabled(void);
 
-/* Attach a layer set; takes the reference over, also on failure. */
+/*
+ * Attach a layer set; takes the reference over, also on failure.  _locked: the
+ * graph is locked for writing.
+ * Returns 0, or a negative errno with @errp set: -ENOMEDIUM if @bs has lost its
+ * driver, as a resize in another thread found the image too corrupt.
+ */
 int sqcow2_attach_set(BlockDriverState *bs, BlockDriverState *set_bs,
                       Error **errp);
+int GRAPH_WRLOCK
+sqcow2_attach_set_locked(BlockDriverState *bs, BlockDriverState *set_bs,
+                         Error **errp);
 
 /* Start with an empty cache for the current slice size and interval. */
 void sqcow2_renew_cache(BlockDriverState *bs);
