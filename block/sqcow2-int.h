@@ -22,6 +22,7 @@
  *   sqcow2-layers.c  the layer set: a protocol node over all layers' files
  *   sqcow2-walk.c    follow the backing links, parse headers, verify stamps
  *   sqcow2-descriptors.c  open and lock layers; more layers than descriptors
+ *   sqcow2-same-files.c  does a name still lead to the file that is in use
  *   sqcow2-format.c  bytes
  *
  * Locks: qcow2's s->lock (here: s->q.lock) guards the own L1 table, the own
@@ -673,6 +674,22 @@ int sqcow2_view_build(BlockDriverState *bs, const Sqcow2Record *record,
                       const Sqcow2Layer *layers, uint32_t nb_layers,
                       bool trust, Sqcow2View *view, Error **errp);
 
+/* sqcow2-same-files.c */
+
+/*
+ * Has each of @layers the same file open as the node for it, which is @bs for
+ * the top one, and so on downwards?  A name may lead to another file than it
+ * did when the other one opened it, and the guest must not see that one's
+ * content.  Of what is on other protocols nobody can tell.  _is_file: of one
+ * layer; @index is its number, for the message.
+ * Returns 0, or -EINVAL with @errp set.
+ */
+int GRAPH_RDLOCK sqcow2_check_is_file(const Sqcow2Layer *layer, uint32_t index,
+                                      BlockDriverState *bs, Error **errp);
+int GRAPH_RDLOCK sqcow2_check_same_files(BlockDriverState *bs,
+                                         const Sqcow2Layer *layers,
+                                         uint32_t nb_layers, Error **errp);
+
 /* sqcow2-store.c */
 
 /*
@@ -786,20 +803,6 @@ bool GRAPH_RDLOCK sqcow2_wants_index(BlockDriverState *bs);
 
 /* If so, store it.  On failure what is in memory serves on.  Main thread. */
 void sqcow2_index_wanted(BlockDriverState *bs);
-
-/*
- * Has each of @layers the same file open as the node for it, which is @bs for
- * the top one, and so on downwards?  A name may lead to another file than it
- * did when the other one opened it, and the guest must not see that one's
- * content.  Of what is on other protocols nobody can tell.  _is_file: of one
- * layer; @index is its number, for the message.
- * Returns 0, or -EINVAL with @errp set.
- */
-int GRAPH_RDLOCK sqcow2_check_is_file(const Sqcow2Layer *layer, uint32_t index,
-                                      BlockDriverState *bs, Error **errp);
-int GRAPH_RDLOCK sqcow2_check_same_files(BlockDriverState *bs,
-                                         const Sqcow2Layer *layers,
-                                         uint32_t nb_layers, Error **errp);
 
 /*
  * Take the backing node away.  A resize in another thread may find the image

@@ -475,7 +475,8 @@ static int GRAPH_RDLOCK store(BlockDriverState *bs, Error **errp)
     assert(s->has_record && (s->mode == SQCOW2_MODE_REBUILT || !s->layer));
 
     if (!bs->drv) {
-        error_setg(errp, "The image is corrupt");
+        error_setg(errp, "The image is corrupt; repair it with "
+                   "'qemu-img check -r all'");
         return -ENOMEDIUM;
     }
     if (s->nb_resizing) {
