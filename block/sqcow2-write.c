@@ -98,23 +98,29 @@ sqcow2_co_pwritev_compressed_part(BlockDriverState *bs, int64_t offset,
  * something else has found a reason since why the index is wrong.  When that
  * fails, the next open makes a new index.
  *
+ * What is behind the end may be 0 in tables of a valid index where a layer
+ * below owns clusters.  A growth that goes by the index writes zeros there
+ * (S10).  Another one knows the backing nodes at most, which may be none, or
+ * others than the layers of the index; so the index does not count any more.
+ *
  * A resize is not stopped by a drained section.  It may come while backing
  * nodes are folded: either it is seen by sqcow2_index_store(), or it sees the
  * index that was stored.  q.lock is held.
  */
 static int coroutine_fn GRAPH_RDLOCK begin_resize(BlockDriverState *bs,
-                                                  bool shrinks)
+                                                  bool shrinks, bool grows)
 {
     BDRVSqcow2State *s = bs->opaque;
-    bool indexed = shrinks && s->has_record && s->record.layer &&
-                   s->record.flags & SQCOW2_FLAG_INDEX_VALID;
+    bool valid = s->has_record && s->record.layer &&
+                 s->record.flags & SQCOW2_FLAG_INDEX_VALID;
+    bool invalidate = shrinks || (grows && s->mode != SQCOW2_MODE_INDEXED);
     int ret;
 
-    ret = indexed || (shrinks && s->record_unsure) ?
+    ret = invalidate && (valid || s->record_unsure) ?
           sqcow2_invalidate_index(bs) : sqcow2_begin_change_locked(bs);
     if (ret == 0) {
         s->nb_resizing++;
-        s->revalidate |= indexed;
+        s->revalidate |= valid && shrinks;
     }
     return ret;
 }
@@ -160,23 +166,23 @@ sqcow2_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
 {
     BDRVSqcow2State *s = bs->opaque;
     int64_t old_size = bs->total_sectors * BDRV_SECTOR_SIZE;
-    bool shrinks = offset < old_size;
+    bool shrinks = offset < old_size, grows = offset > old_size;
     int ret;
 
     qemu_co_mutex_lock(&s->q.lock);
-    ret = begin_resize(bs, shrinks);
-    qemu_co_mutex_unlock(&s->q.lock);
-    if (ret < 0) {
-        error_setg_errno(errp, -ret, "Could not update the sQcow2 header");
-        return ret;
-    }
     /*
      * S10: a longer view below must not come to light.  The block layer sees
      * to that where there is a backing node.
      */
-    if (s->mode != SQCOW2_MODE_OFF && offset > old_size &&
+    if (grows && s->mode != SQCOW2_MODE_OFF &&
         s->layers[s->layer - 1].virtual_size > old_size) {
         flags |= BDRV_REQ_ZERO_WRITE;
+    }
+    ret = begin_resize(bs, shrinks, grows);
+    qemu_co_mutex_unlock(&s->q.lock);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Could not update the sQcow2 header");
+        return ret;
     }
     ret = bdrv_qcow2.bdrv_co_truncate(bs, offset, exact, prealloc, flags,
                                       errp);

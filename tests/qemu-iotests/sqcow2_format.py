@@ -251,7 +251,7 @@ class Image:
             self.kind = 'raw'
             return
         self._read_header()
-        self.size = self.header['size']
+        self.size = self.header['size'] // 512 * 512
         self.cluster_bits = self.header['cluster_bits']
         self.cluster_size = 1 << self.cluster_bits
         self.l1 = self.read_u64s(self.header['l1_table_offset'],
