@@ -271,7 +271,8 @@ static int parse_fixed_header(const uint8_t *buf, Sqcow2Layer *layer,
         return -EINVAL;
     }
     hdr->cluster_bits = be32_to_cpu(h->cluster_bits);
-    layer->virtual_size = be64_to_cpu(h->size);
+    layer->virtual_size = QEMU_ALIGN_DOWN(be64_to_cpu(h->size),
+                                          BDRV_SECTOR_SIZE);
     layer->l1_host_offset = be64_to_cpu(h->l1_table_offset);
     layer->l1_entries = be32_to_cpu(h->l1_size);
     *features = version == 3 ? be64_to_cpu(h->incompatible_features) : 0;
@@ -413,6 +414,12 @@ static int parse_layer(Walk *w, Sqcow2Layer *layer, const char *fmt,
     return 0;
 }
 
+/*
+ * 2006-01-01, when there was no qcow2 yet: where all files get the same time,
+ * as in some stores of packages, it is often an earlier one, and tells nothing
+ */
+#define EARLIEST_MTIME_S 1136073600
+
 /* Waits, so that a change from now on gets a later modification time. */
 static int64_t settled_mtime(int fd)
 {
@@ -420,7 +427,8 @@ static int64_t settled_mtime(int fd)
     int64_t mtime, age;
 
     for (int tries = 0; tries < 2; tries++) {
-        if (fstat(fd, &st) < 0 || !S_ISREG(st.st_mode)) {
+        if (fstat(fd, &st) < 0 || !S_ISREG(st.st_mode) ||
+            st.st_mtim.tv_sec < EARLIEST_MTIME_S) {
             return 0;
         }
         mtime = st.st_mtim.tv_sec * NANOSECONDS_PER_SECOND +

@@ -33,7 +33,7 @@ enum {
 };
 
 /* All files have this modification time, which their layer tables name. */
-#define FILE_SECONDS 1000000000
+#define FILE_SECONDS 1700000000
 #define FILE_NANOSECONDS 123456789
 
 /* One file.  Offsets are host offsets; 0: there is no such thing. */
