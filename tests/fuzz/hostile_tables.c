@@ -439,10 +439,11 @@ static void try_view(const Sqcow2View *view, bool compare)
 static void try_chain(void)
 {
     Sqcow2View view;
-    const Sqcow2Record *record = &files[nb_layers].record;
+    const Sqcow2Record *record;
     unsigned how = get(1);
 
     make_chain();
+    record = &files[nb_layers].record;
     if (sqcow2_view_build(&active_bs, how & 1 ? record : NULL, layers,
                           nb_layers, false, &view, NULL) == 0) {
         try_view(&view, true);
